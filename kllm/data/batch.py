@@ -1,0 +1,81 @@
+"""The one shape of a training batch: documents laid end to end in one flat row, no padding.
+
+Attention never crosses a document (`cu_seqlens`), positions restart in each, and the label of a
+token is the token after it in the same document, or `IGNORE` where there is nothing to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Piece:
+    """A run of one document inside a row: `tokens` [n] and the `labels` [n] to predict at each."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    start: int = 0  # position of the first token inside its document chunk
+
+
+@dataclass
+class Batch:
+    """T tokens of any number of documents.
+
+    tokens, labels, positions: int64 [T]; cu_seqlens: int32 [documents + 1], cu_seqlens[-1] == T;
+    weights: float32 [T] loss weights or None for all ones; rows: where each row came from.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    weights: Tensor | None = None
+    rows: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_pieces(
+        cls, pieces: Sequence[Piece], rows: list[str] | None = None, token_weights: np.ndarray | None = None
+    ) -> Batch:
+        """Lays `pieces` end to end. `token_weights` [V] gives a loss weight for each label id."""
+        tokens = np.concatenate([p.tokens for p in pieces]).astype(np.int64)
+        labels = np.concatenate([p.labels for p in pieces]).astype(np.int64)
+        lengths = np.array([len(p.tokens) for p in pieces], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        positions = np.arange(len(tokens), dtype=np.int64) - np.repeat(ends - lengths, lengths)
+        positions += np.repeat(np.array([p.start for p in pieces], dtype=np.int64), lengths)
+        weights = None
+        if token_weights is not None:
+            weights = torch.from_numpy(token_weights[np.maximum(labels, 0)].astype(np.float32))
+        return cls(
+            tokens=torch.from_numpy(tokens),
+            labels=torch.from_numpy(labels),
+            positions=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+            weights=weights,
+            rows=rows or [],
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device` (cu_seqlens stays on the CPU: it is read as Python ints)."""
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.cu_seqlens,
+            weights,
+            self.rows,
+        )
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of positions with a label."""
+        return int((self.labels != IGNORE).sum())

@@ -1,0 +1,99 @@
+"""Cross-entropy straight from hidden states and the head: the full [T, V] logits never exist.
+
+The gradient is made in the forward pass, chunk by chunk (softmax minus one-hot), so nothing is
+recomputed and the peak is one chunk of logits. Rows without a label are left out before the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_i w_i * -log softmax(h_i W^T)[y_i] with dH and dW computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, chunk: int
+    ) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], chunk):
+            h, y = hidden[start : start + chunk], labels[start : start + chunk]
+            w = None if weights is None else weights[start : start + chunk]
+            logits = (h @ weight.t()).float()
+            top = logits.max(dim=-1, keepdim=True).values
+            true = logits.gather(1, y[:, None])
+            exps = logits.sub_(top).exp_()  # in place: one chunk of logits is the peak
+            norm = exps.sum(dim=-1, keepdim=True)
+            losses = (norm.log() + top - true).squeeze(1)
+            total += (losses if w is None else losses * w).sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad = exps.div_(norm)
+            grad.scatter_add_(1, y[:, None], torch.full_like(true, -1.0))
+            if w is not None:
+                grad.mul_(w[:, None])
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight.to(hidden.dtype), out=grad_hidden[start : start + chunk])
+            if grad_weight is not None:
+                if hidden.dtype == torch.float32:
+                    grad_weight.addmm_(grad.t(), h)
+                else:
+                    grad_weight += grad.t() @ h
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(scale.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale.to(grad_weight.dtype))
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None, chunk: int = 1024
+) -> Tensor:
+    """Summed (not averaged) cross-entropy of next-token labels, in nats.
+
+    Args:
+        hidden: [T, H].
+        weight: the head, [V, H].
+        labels: int64 [T], `IGNORE` where nothing is to be predicted.
+        weights: float32 [T] loss weights, or None for ones.
+        chunk: rows of logits alive at once.
+
+    Returns:
+        float32 scalar; backward works once (gradients are made in the forward pass).
+    """
+    keep = (labels != IGNORE).nonzero().squeeze(1)
+    if keep.shape[0] != labels.shape[0]:
+        hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
+        weights = None if weights is None else weights.index_select(0, keep)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, weights, chunk)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
+    """float32 [T] losses in nats, 0 where the label is IGNORE (evaluation, tests)."""
+    out = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device)
+    keep = (labels != IGNORE).nonzero().squeeze(1)
+    for rows in keep.split(chunk):
+        logits = (hidden[rows] @ weight.t().to(hidden.dtype)).float()
+        out[rows] = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+    return out
