@@ -1,0 +1,53 @@
+"""Next-token prediction: pretraining and supervised fine-tuning are this one objective.
+
+L = sum_i w_i * -log p(x_{i+1} | x_{<=i}) / sum_i w_i over labelled positions of the whole step
+(all micro-batches, all processes). What differs is the labels: every token, or the assistant's.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kllm.data.batch import IGNORE, Batch
+from kllm.model.attention import PackedLayout
+from kllm.model.head import linear_cross_entropy
+from kllm.model.moe import RouterLog, expert_load, load_balance_loss, router_z_loss
+from kllm.train.objective import Loss, unwrap
+
+
+class LanguageModeling:
+    """Cross-entropy of labels, plus the router's auxiliary losses in a mixture of experts.
+
+    Args:
+        loss_chunk: positions whose logits are alive at once.
+    """
+
+    def __init__(self, loss_chunk: int = 1024) -> None:
+        self.loss_chunk = loss_chunk
+
+    def weight(self, batch: Batch) -> float:
+        """Summed loss weight of the labelled tokens."""
+        if batch.weights is None:
+            return float(batch.trained_tokens)
+        return float(batch.weights[batch.labels != IGNORE].double().sum())
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        """Summed loss of the batch, shapes as in Batch."""
+        inner = unwrap(model)
+        layout = PackedLayout(batch.cu_seqlens, batch.tokens.device)
+        router = RouterLog() if inner.shape.is_moe else None
+        hidden = model(batch.tokens, batch.positions, layout, None, router)
+        total = linear_cross_entropy(hidden, inner.head_weight, batch.labels, batch.weights, self.loss_chunk)
+        weight = self.weight(batch)
+        metrics: dict[str, tuple[object, object]] = {"train/loss": (total.detach(), weight)}
+        if router is not None:
+            shape = inner.shape
+            aux = shape.router_aux_loss_coef * load_balance_loss(router, shape, layout)
+            if shape.router_z_loss_coef:
+                aux = aux + shape.router_z_loss_coef * router_z_loss(router)
+            # aux is a mean over the micro-batch: times its weight it adds up like the loss does
+            total = total + aux * weight
+            load = expert_load(router, shape.num_experts).max() * shape.num_experts
+            metrics["train/aux_loss"] = (aux.detach() * weight, weight)
+            metrics["moe/load_max"] = (load * weight, weight)
+        return Loss(total, metrics)

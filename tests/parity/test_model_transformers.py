@@ -1,0 +1,185 @@
+"""Our model against transformers' own classes, on random weights, through files on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kllm.errors import UserError
+from kllm.export.config import config_to_shape, shape_to_config
+from kllm.export.hf import load_model, save_model
+from kllm.model.presets import PRESETS, ModelShape, count_parameters, hf_model_type
+from kllm.model.transformer import Transformer
+
+transformers = pytest.importorskip("transformers")
+
+BASE = ModelShape(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    rope_theta=1e4,
+)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+SHAPES = {
+    "llama": BASE,
+    "llama-untied": BASE.with_(tie_word_embeddings=False),
+    "llama-head-dim": BASE.with_(head_dim=24),
+    "llama-bias": BASE.with_(attention_bias=True),
+    "llama-yarn": BASE.with_(rope_scaling=YARN),
+    "llama-yarn-factor-1": BASE.with_(rope_scaling={**YARN, "attention_factor": 1.0}),
+    "llama-linear": BASE.with_(rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    "llama3": BASE.with_(
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    ),
+    "smollm3": BASE.with_(no_rope_layers=(1,)),
+    "qwen3": BASE.with_(qk_norm=True, head_dim=32),
+    "qwen3-yarn": BASE.with_(qk_norm=True, rope_scaling=YARN),
+    "mixtral": BASE.with_(**MOE),
+    "qwen3-moe": BASE.with_(**MOE, qk_norm=True, head_dim=32),
+    "qwen3-moe-raw": BASE.with_(**MOE, qk_norm=True, norm_topk_prob=False),
+    "qwen3-moe-top1": BASE.with_(**{**MOE, "num_experts_per_tok": 1}, qk_norm=True),
+    "qwen2-moe-shared": BASE.with_(**MOE, num_shared_experts=1),
+    "qwen2-moe-shared-yarn": BASE.with_(**MOE, num_shared_experts=2, rope_scaling=YARN),
+    "qwen2-moe-gated": BASE.with_(
+        **MOE, num_shared_experts=1, shared_expert_gate=True, attention_bias=True, norm_topk_prob=False
+    ),
+}
+
+
+def random_model(shape: ModelShape, seed: int = 0) -> Transformer:
+    """Weights large enough that a wrong formula shows."""
+    model = Transformer(shape).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.2 * noise if parameter.mean() > 0.5 else 0.2 * noise)
+            else:
+                parameter.copy_(noise * 0.12)
+    return model
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    model = random_model(SHAPES[name])
+    save_model(model, None, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").float().eval()
+    assert theirs.config.model_type == hf_model_type(SHAPES[name])
+    tokens = torch.randint(0, 97, (130,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = model.logits(model(tokens, torch.arange(130)))
+        reference = theirs(tokens[None]).logits[0]
+    assert reference.abs().max() > 0.5
+    assert (ours - reference).abs().max() < 1e-4
+    assert (ours.argmax(-1) == reference.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_round_trip_is_bit_exact(name: str, tmp_path: Path) -> None:
+    model = random_model(SHAPES[name])
+    save_model(model, None, tmp_path / "m")
+    again, tokenizer = load_model(tmp_path / "m")
+    assert tokenizer is None
+    # a MoE has no dense MLP: the field holds the experts' width on disk
+    assert again.shape.with_(intermediate_size=model.shape.intermediate_size) == model.shape
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "Mixtral"])
+def test_reads_what_transformers_writes(kind: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48} if "Qwen" in kind and "Moe" in kind else {}),
+        **({"num_local_experts": 4} if kind == "Mixtral" else {}),
+        **({"shared_expert_intermediate_size": 80} if kind == "Qwen2Moe" else {}),
+    )
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs.save_pretrained(tmp_path / "m")
+    ours, _ = load_model(tmp_path / "m")
+    tokens = torch.randint(0, 97, (60,))
+    with torch.no_grad():
+        difference = ours.eval().logits(ours(tokens, torch.arange(60))) - theirs(tokens[None]).logits[0]
+    assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if count_parameters(PRESETS[n]) < 3e7])
+def test_presets_load_in_transformers(name: str, tmp_path: Path) -> None:
+    model = Transformer(PRESETS[name])
+    model.init_weights(0)
+    save_model(model, None, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    tokens = torch.arange(5, 45)
+    with torch.no_grad():
+        ours = model.eval().logits(model(tokens, torch.arange(40)))
+        assert (ours - theirs(tokens[None]).logits[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_architecture_in_transformers(name: str) -> None:
+    """Every preset, the large ones too: the class transformers builds has exactly our parameters."""
+    shape = PRESETS[name]
+    config = transformers.AutoConfig.for_model(**shape_to_config(shape))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in theirs.parameters())
+    neutral = 0
+    if shape.is_moe and shape.tie_word_embeddings:
+        neutral += shape.vocab_size * shape.hidden_size
+    if hf_model_type(shape) == "qwen2_moe":
+        neutral += shape.num_hidden_layers * (shape.q_size + 2 * shape.kv_size + shape.hidden_size)
+    assert total - neutral == count_parameters(shape)
+
+
+def test_config_round_trip() -> None:
+    for shape in (*SHAPES.values(), *PRESETS.values()):
+        again = config_to_shape(shape_to_config(shape))
+        if shape.is_moe:  # decided by the tensors, not by the config
+            again = again.with_(tie_word_embeddings=shape.tie_word_embeddings)
+            again = again.with_(attention_bias=shape.attention_bias, shared_expert_gate=shape.shared_expert_gate)
+            again = again.with_(intermediate_size=shape.intermediate_size)
+        assert again == shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({**MOE, "num_shared_experts": 1, "qk_norm": True}, "shared experts with qk_norm"),
+        ({"qk_norm": True, "attention_bias": True}, "qk_norm with attention_bias"),
+        ({**MOE, "num_shared_experts": 1, "head_dim": 32}, "head_dim"),
+        ({**MOE, "norm_topk_prob": False}, "norm_topk_prob"),
+        ({**MOE, "attention_bias": True}, "attention_bias"),
+        ({"hidden_size": 66, "head_dim": 16}, "divisible"),
+        ({"num_key_value_heads": 3}, "multiple"),
+    ],
+)
+def test_configurations_without_exact_target_are_refused(changes: dict, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        hf_model_type(BASE.with_(**changes))
