@@ -1,0 +1,5 @@
+"""`python -m kllm` is the `kllm` command."""
+
+from kllm.cli.app import main
+
+main()
