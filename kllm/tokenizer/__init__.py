@@ -1,0 +1,1 @@
+"""Text to tokens: training a tokenizer, using anybody's, and encoding conversations."""
