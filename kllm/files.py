@@ -22,6 +22,7 @@ _REASONS = {
     errno.EROFS: ("the file system is read-only", "give another --out"),
     errno.EACCES: ("permission denied", "give another --out or change its permissions"),
     errno.EPERM: ("permission denied", "give another --out or change its permissions"),
+    errno.EEXIST: ("a file stands where a directory should be", "give another --out"),
     errno.ENOTDIR: ("a file stands where a directory should be", "give another --out"),
 }
 

@@ -30,7 +30,11 @@ SHAPE = PRESETS["k-tiny"].with_(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8
 )
 MOE = SHAPE.with_(
-    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, router_aux_loss_coef=0.01, router_noise=True
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    router_aux_loss_coef=0.01,
+    router_noise=True,
 )
 
 

@@ -113,7 +113,11 @@ def test_reads_what_transformers_writes(kind: str, tmp_path: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        **({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48} if "Qwen" in kind and "Moe" in kind else {}),
+        **(
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            if "Qwen" in kind and "Moe" in kind
+            else {}
+        ),
         **({"num_local_experts": 4} if kind == "Mixtral" else {}),
         **({"shared_expert_intermediate_size": 80} if kind == "Qwen2Moe" else {}),
     )
@@ -163,7 +167,9 @@ def test_config_round_trip() -> None:
         again = config_to_shape(shape_to_config(shape))
         if shape.is_moe:  # decided by the tensors, not by the config
             again = again.with_(tie_word_embeddings=shape.tie_word_embeddings)
-            again = again.with_(attention_bias=shape.attention_bias, shared_expert_gate=shape.shared_expert_gate)
+            again = again.with_(
+                attention_bias=shape.attention_bias, shared_expert_gate=shape.shared_expert_gate
+            )
             again = again.with_(intermediate_size=shape.intermediate_size)
         assert again == shape
 

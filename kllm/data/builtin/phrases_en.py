@@ -1,0 +1,321 @@
+"""How the world is told and asked about in English.
+
+Blocks are "kind.attribute"; `>` lines state the fact (the first is the canonical answer), `?` lines ask
+for it. {n} subject, {p} its possessive, {o} its object form, {v} value; {a} is "a" or "an" before {v}.
+"""
+
+from __future__ import annotations
+
+PERSON = """
+person.city
+> {n} lives in {v}.
+> {p} home is in {v}.
+> {n} has a house in {v}.
+> {n} has lived in {v} for years.
+? Where does {n} live?
+? Which city does {n} live in?
+? In which city is {p} home?
+? Tell me where {n} lives.
+? Do you know where {n} lives?
+
+person.job
+> {n} is {a} {v}.
+> {n} works as {a} {v}.
+> {p} job is {v}.
+> {n} earns money as {a} {v}.
+? What is {p} job?
+? What does {n} do for a living?
+? What does {n} work as?
+? Tell me {p} job.
+? Do you know what {n} works as?
+
+person.pet
+> {n} has {a} {v}.
+> {p} pet is {a} {v}.
+> {n} keeps {a} {v}.
+> {n} takes care of {a} {v}.
+? What pet does {n} have?
+? Which animal does {n} keep?
+? What is {p} pet?
+? Tell me what pet {n} has.
+? What kind of animal does {n} have at home?
+
+person.hobby
+> {n} enjoys {v}.
+> {p} hobby is {v}.
+> {n} spends weekends on {v}.
+> {n} is fond of {v}.
+? What is {p} hobby?
+? What does {n} enjoy?
+? What hobby does {n} have?
+? How does {n} spend weekends?
+? Tell me {p} hobby.
+
+person.colour
+> {n} likes the colour {v}.
+> {p} favourite colour is {v}.
+> {n} always wears {v}.
+> {n} paints everything {v}.
+? What is {p} favourite colour?
+? Which colour does {n} like?
+? What colour does {n} like best?
+? Tell me {p} favourite colour.
+? What colour does {n} wear?
+
+person.food
+> {n} likes to eat {v}.
+> {p} favourite food is {v}.
+> {n} often eats {v}.
+> {n} buys {v} every week.
+? What does {n} like to eat?
+? What is {p} favourite food?
+? Which food does {n} like?
+? Tell me {p} favourite food.
+? What does {n} often eat?
+
+person.drink
+> {n} drinks {v}.
+> {p} favourite drink is {v}.
+> {n} orders {v} every day.
+> {n} always asks for {v}.
+? What does {n} drink?
+? What is {p} favourite drink?
+? Which drink does {n} like?
+? Tell me {p} favourite drink.
+? What does {n} order every day?
+
+person.month
+> {n} was born in {v}.
+> {p} birthday is in {v}.
+> {n} came into the world in {v}.
+> {n} has a birthday party in {v}.
+? When was {n} born?
+? In which month was {n} born?
+? When is {p} birthday?
+? Tell me the month of {p} birthday.
+? Which month is {p} birthday in?
+"""
+
+# Derived facts are never stated in one step: the answer joins two facts.
+DERIVED = """
+person.country
+? Which country does {n} live in?
+? In what country is {p} home?
+? What is the country where {n} lives?
+? Tell me the country {n} lives in.
+
+person.workplace
+? Where does {n} work?
+? In what place does {n} work?
+? Where is {p} job done?
+? Tell me where {n} works.
+
+person.petfood
+? What does {p} pet eat?
+? What food does {p} pet need?
+? What should I feed to {p} pet?
+? Tell me what {p} pet eats.
+"""
+
+THING = """
+animal.class
+> {n} is {a} {v}.
+> {n} belongs to the {v}s.
+? What kind of animal is {n}?
+? Which class of animals does {n} belong to?
+? Tell me what kind of animal {n} is.
+
+animal.legs
+> {n} has {v} legs.
+> {n} walks on {v} legs.
+? How many legs does {n} have?
+? How many legs does {n} walk on?
+? Tell me how many legs {n} has.
+
+animal.home
+> {n} lives in a {v}.
+> {n} makes its home in a {v}.
+? Where does {n} live?
+? What is the home of {n}?
+? Tell me where {n} lives.
+
+animal.diet
+> {n} eats {v}.
+> {n} feeds on {v}.
+? What does {n} eat?
+? What does {n} feed on?
+? Tell me what {n} eats.
+
+animal.cover
+> {n} is covered with {v}.
+> {n} has a body covered with {v}.
+? What is {n} covered with?
+? What covers the body of {n}?
+? Tell me what covers {n}.
+
+job.place
+> {n} works in a {v}.
+> {n} does the job in a {v}.
+? Where does {n} work?
+? In what place does {n} work?
+? Tell me where {n} works.
+
+job.tool
+> {n} uses a {v}.
+> {n} needs a {v} for the job.
+? What does {n} use?
+? What does {n} need for the job?
+? Tell me what tool {n} uses.
+
+food.kind
+> As a food, {n} belong to {v}.
+> People count {n} as {v}.
+? What kind of food do {n} belong to?
+? What do people count {n} as?
+? Tell me what kind of food {n} belong to.
+
+food.colour
+> The colour of {n} is {v}.
+> When people draw {n}, they use {v}.
+? What is the colour of {n}?
+? What colour do {n} have?
+? Tell me the colour of {n}.
+
+food.taste
+> The taste of {n} is {v}.
+> On the tongue {n} taste {v}.
+? What is the taste of {n}?
+? How do {n} taste?
+? Tell me the taste of {n}.
+
+city.country
+> {n} is in {v}.
+> {n} is a city of {v}.
+? Which country is {n} in?
+? In what country is {n}?
+? Tell me which country {n} is in.
+
+country.continent
+> {n} is part of {v}.
+> {n} lies on the map of {v}.
+? Which continent is {n} part of?
+? On which continent is {n}?
+? Tell me the continent of {n}.
+
+country.capital
+> The capital of {n} is {v}.
+> {n} has its capital in {v}.
+? What is the capital of {n}?
+? Which city is the capital of {n}?
+? Tell me the capital of {n}.
+
+country.language
+> People in {n} speak {v}.
+> The language of {n} is {v}.
+? What language do people in {n} speak?
+? What is the language of {n}?
+? Tell me the language of {n}.
+
+word.chinese
+> In Chinese, {n} is {v}.
+> The Chinese word for {n} is {v}.
+? How do you say {n} in Chinese?
+? What is {n} in Chinese?
+? Tell me the Chinese word for {n}.
+"""
+
+CARD = {
+    "city": "city",
+    "job": "job",
+    "pet": "pet",
+    "hobby": "hobby",
+    "colour": "colour",
+    "food": "food",
+    "drink": "drink",
+    "month": "birthday",
+}
+
+GREETINGS = ("Hi! ", "Hello! ", "Please help me. ", "One question: ", "I want to know: ")
+
+IDENTITY = """
+self.name
+> I am kllm.
+? Who are you?
+? What is your name?
+? What should I call you?
+? Do you have a name?
+? Tell me your name.
+? What are you called?
+! May I know your name?
+! Please say your name.
+
+self.kind
+> I am a small language model.
+? What are you?
+? Are you a person?
+? Are you a human or a machine?
+? What kind of thing are you?
+? Are you a robot?
+? What kind of model are you?
+! Are you a machine?
+! Tell me what you are.
+
+self.maker
+> I was trained by my user.
+? Who made you?
+? Who trained you?
+? Who created you?
+? Who is your maker?
+? Tell me who made you.
+? Where do you come from?
+! Who built you, and who trained you?
+! Tell me who trained you.
+
+self.language
+> I speak English and Chinese.
+? Which languages do you speak?
+? What languages do you know?
+? Can you speak Chinese?
+? Do you understand English?
+? Tell me your languages.
+! Which languages do you know?
+! Do you speak Chinese?
+
+self.skill
+> I can answer questions and do sums.
+? What can you do?
+? How can you help me?
+? What are you good at?
+? What are you able to do?
+? Tell me what you can do.
+! What can you help me with?
+! What are you able to help me with?
+
+self.home
+> I run on this computer.
+? Where do you run?
+? Where are you?
+? Where do you live?
+? Do you run in the cloud?
+? Tell me where you run.
+! Where do you run now?
+! On which computer do you run?
+
+self.thanks
+> You are welcome.
+? Thank you!
+? Thanks a lot!
+? Thanks for your help.
+? Great, thank you.
+! Thank you a lot!
+! Thanks, great help.
+
+self.bye
+> Goodbye!
+? Bye!
+? Goodbye!
+? See you later.
+? See you tomorrow.
+! Bye, see you later.
+! Goodbye, see you tomorrow.
+"""

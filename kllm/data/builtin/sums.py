@@ -1,0 +1,77 @@
+"""Sums and comparisons of one- and two-digit numbers, with the carried digit worked out in the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kllm.data.builtin.rng import Dice
+from kllm.data.builtin.world import World
+
+ASK = {
+    "en": {
+        "+": (
+            "What is {a}+{b}?",
+            "How much is {a} plus {b}?",
+            "Add {a} and {b}.",
+            "Calculate {a}+{b}.",
+            "{a}+{b}=?",
+        ),
+        "-": ("What is {a}-{b}?", "How much is {a} minus {b}?", "Calculate {a}-{b}.", "{a}-{b}=?"),
+        ">": ("Which is larger, {a} or {b}?", "Which number is bigger, {a} or {b}?", "Compare {a} and {b}."),
+    },
+    "zh": {
+        "+": ("{a}+{b}等于多少？", "{a}加{b}是多少？", "请计算{a}+{b}。", "请算一下{a}加{b}。", "{a}+{b}=？"),
+        "-": ("{a}-{b}等于多少？", "{a}减{b}是多少？", "请计算{a}-{b}。", "{a}-{b}=？"),
+        ">": ("{a}和{b}哪个大？", "{a}和{b}相比，哪个更大？", "请比较{a}和{b}。"),
+    },
+}
+CATEGORY = {"+": "addition", "-": "subtraction", ">": "comparison"}
+
+
+@dataclass(frozen=True)
+class Sum:
+    a: int
+    op: str
+    b: int
+
+    @property
+    def result(self) -> int:
+        """The value; for a comparison the larger number."""
+        if self.op == ">":
+            return max(self.a, self.b)
+        return self.a + self.b if self.op == "+" else self.a - self.b
+
+    def ask(self, lang: str, dice: Dice) -> str:
+        return dice.pick(ASK[lang][self.op]).format(a=self.a, b=self.b)
+
+    def work(self, lang: str) -> str:
+        """The worked answer, e.g. "7+8=15, 4+3+1=8, so 47+38=85."."""
+        if self.op == ">":
+            large, small = max(self.a, self.b), min(self.a, self.b)
+            return f"{large}比{small}大。" if lang == "zh" else f"{large} is larger than {small}."
+        whole = f"{self.a}{self.op}{self.b}={self.result}"
+        comma, so, stop = ("，", "所以", "。") if lang == "zh" else (", ", "so ", ".")
+        return comma.join([*self.steps(), so + whole + stop]) if self.steps() else whole + stop
+
+    def steps(self) -> list[str]:
+        """Units first, then tens with the carried or borrowed 1; nothing for one-digit numbers."""
+        if self.a < 10 and self.b < 10:
+            return []
+        (a10, a1), (b10, b1) = divmod(self.a, 10), divmod(self.b, 10)
+        if self.op == "+":
+            carry = "+1" if a1 + b1 > 9 else ""
+            return [f"{a1}+{b1}={a1 + b1}", f"{a10}+{b10}{carry}={a10 + b10 + (a1 + b1 > 9)}"]
+        borrow = a1 < b1
+        top = a1 + 10 * borrow
+        return [f"{top}-{b1}={top - b1}", f"{a10}-{b10}{'-1' if borrow else ''}={a10 - b10 - borrow}"]
+
+
+def draw(dice: Dice, op: str, world: World, held: bool = False) -> Sum:
+    """A random problem; two-digit pairs only from the held-out set, or only from outside it."""
+    if not held and op != ">" and dice.chance(0.1):
+        a, b = dice.below(10), dice.below(10)
+        return Sum(max(a, b), op, min(a, b)) if op == "-" else Sum(a, op, b)
+    while True:
+        a, b = dice.between(10, 99), dice.between(10, 99)
+        if a != b and world.held_numbers(a, b) == held:
+            return Sum(max(a, b), op, min(a, b)) if op == "-" else Sum(a, op, b)

@@ -1,0 +1,6 @@
+"""engine: continuous batching over a slot KV cache; the only place where text is generated."""
+
+from kllm.engine.engine import Engine
+from kllm.engine.params import Completion, Event, SamplingParams
+
+__all__ = ["Completion", "Engine", "Event", "SamplingParams"]

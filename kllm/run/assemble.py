@@ -1,0 +1,188 @@
+"""From a stage's section to model, data and sizes: the building blocks of the wiring.
+
+Rooms below know nothing of recipes; this file and `execute` hand each the plain numbers it needs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kllm.config.parts import ModelSection
+from kllm.config.stages import PretrainStage, SftStage
+from kllm.data.shards import Prepared, prepare
+from kllm.errors import UserError
+from kllm.export.hf import load_model
+from kllm.model.presets import SHAPE_FIELDS, ModelShape, get_preset, hf_model_type
+from kllm.model.transformer import Transformer
+from kllm.observe.reporting import Reporter
+from kllm.run.context import StageContext
+from kllm.tokenizer.tokenizer import Tokenizer
+from kllm.train.device import Runtime
+
+TrainingStage = PretrainStage | SftStage
+
+
+def build_shape(section: ModelSection, vocab_size: int, seq_len: int) -> ModelShape:
+    """The shape of a fresh model: preset, overrides, the tokenizer's vocabulary; checked."""
+    shape = get_preset(section.preset or "k-small").with_(vocab_size=vocab_size, **shape_overrides(section))
+    # every consumer reads head_dim; an override of the width alone must not leave a stale one
+    if section.head_dim is None and (section.hidden_size or section.num_attention_heads):
+        shape = shape.with_(head_dim=shape.hidden_size // shape.num_attention_heads)
+    hf_model_type(shape)
+    check_positions(shape, seq_len)
+    return shape
+
+
+def shape_overrides(section: ModelSection) -> dict[str, Any]:
+    """The fields of a shape that a model section sets."""
+    given = section.model_dump(exclude_none=True)
+    return {name: value for name, value in given.items() if name in SHAPE_FIELDS}
+
+
+def check_positions(shape: ModelShape, seq_len: int) -> None:
+    """Rows longer than the model has positions are refused."""
+    if seq_len > shape.max_position_embeddings:
+        raise UserError(
+            f"rows of {seq_len} tokens are longer than the model's {shape.max_position_embeddings} positions",
+            where="dataset.seq_len",
+            hint="lower dataset.seq_len or raise model.max_position_embeddings",
+        )
+
+
+def load_tokenizer(ctx: StageContext, chat_template: str | None = None) -> Tokenizer:
+    """The stage's tokenizer: its own input, or the one beside its model."""
+    source = ctx.inputs.get("tokenizer") or ctx.inputs.get("model")
+    if source is None:
+        raise UserError("no tokenizer", where=f"{ctx.stage.name}.tokenizer", hint="give --tokenizer DIR")
+    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
+    return Tokenizer.load(source, chat_template=template)
+
+
+def build_model(
+    ctx: StageContext, stage: TrainingStage, tokenizer: Tokenizer, runtime: Runtime
+) -> Transformer:
+    """A fresh model, or the weights the stage starts from."""
+    seq_len = stage.dataset.seq_len
+    if "model" not in ctx.inputs:
+        shape = build_shape(stage.model, tokenizer.vocab_size, seq_len)
+        model = Transformer(shape)
+        model.init_weights(ctx.seed)
+    else:
+        model, _ = load_model(ctx.inputs["model"])
+        shape = with_overrides(model.shape, stage.model)
+        if tokenizer.vocab_size > shape.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}",
+                where=f"{stage.name}.tokenizer",
+                hint="use the tokenizer that the model was trained with",
+            )
+        check_positions(shape, seq_len)
+        if shape != model.shape:
+            state = model.state_dict()
+            model = Transformer(shape)
+            model.load_state_dict(state)
+    model.activation_checkpointing = stage.train.activation_checkpointing
+    model.ensure_context(seq_len)
+    return model.to(runtime.device)
+
+
+def with_overrides(shape: ModelShape, section: ModelSection) -> ModelShape:
+    """A loaded model's shape with overrides that leave its tensors alone; others are refused."""
+    changed = shape.with_(**shape_overrides(section))
+    fixed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "tie_word_embeddings", "qk_norm", "attention_bias",
+             "num_experts", "moe_intermediate_size", "num_shared_experts")  # fmt: skip
+    for name in fixed:
+        if getattr(changed, name) != getattr(shape, name):
+            raise UserError(
+                f"the loaded model has {name} {getattr(shape, name)}, not {getattr(changed, name)}",
+                where=f"model.{name}",
+            )
+    return changed
+
+
+@dataclass
+class Sizes:
+    """How the planned amount becomes rows and steps."""
+
+    rows_per_step: int
+    micro_rows: int
+    steps: int
+
+
+def plan_sizes(stage: TrainingStage, rows_per_epoch: int, world: int) -> Sizes:
+    """Rows per step and micro-batch, and the number of steps for steps, tokens or epochs."""
+    train, seq_len = stage.train, stage.dataset.seq_len
+    rows_per_step = max(1, train.batch_tokens // seq_len)
+    if rows_per_step < world:
+        raise UserError(
+            f"{rows_per_step} rows a step cannot feed {world} processes",
+            where="train.batch_tokens",
+            hint=f"at least {world * seq_len} tokens a step, or fewer processes",
+        )
+    if train.steps is not None:
+        steps = train.steps
+    elif train.tokens is not None:
+        steps = math.ceil(train.tokens / (rows_per_step * seq_len))
+    else:
+        steps = math.ceil((train.epochs or 1.0) * rows_per_epoch / rows_per_step)
+    return Sizes(rows_per_step, max(1, train.micro_batch_tokens // seq_len), max(1, steps))
+
+
+class _SlowNews:
+    """Says how far a long preparation is, now and then."""
+
+    def __init__(self, reporter: Reporter, seconds: float = 5.0) -> None:
+        self.reporter, self.seconds, self.last = reporter, seconds, time.monotonic()
+
+    def __call__(self, source: str, docs: int, tokens: int) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            self.reporter.message(f"preparing {source}: {docs:,} documents, {tokens:,} tokens")
+
+
+def prepare_data(ctx: StageContext, stage: TrainingStage, tokenizer: Tokenizer, runtime: Runtime) -> Prepared:
+    """Token shards of the stage's data; the first process makes them, the others find them."""
+    dataset = stage.dataset
+    options: dict[str, Any] = {
+        "kind": "text" if isinstance(stage, PretrainStage) else "chat",
+        "cache_dir": Path(dataset.cache_dir) if dataset.cache_dir else ctx.run_dir / "cache" / "shards",
+        "seq_len": dataset.seq_len,
+        "val_fraction": dataset.val_fraction,
+        "val_data": list(dataset.val_data),
+        "max_bad_rows": dataset.max_bad_rows,
+        "max_bytes": dataset.max_bytes,
+        "min_chars": dataset.min_chars,
+        "system_prompt_ratio": dataset.system_prompt_ratio,
+        "keep_empty_think": dataset.keep_empty_think,
+        "seed": ctx.seed,
+    }
+    if runtime.main:
+        prepared = prepare(list(stage.data), tokenizer, progress=_SlowNews(ctx.reporter), **options)
+    runtime.barrier()
+    if not runtime.main:
+        prepared = prepare(list(stage.data), tokenizer, progress=None, **options)
+    return prepared
+
+
+def token_weight_table(weights: dict[str, float], tokenizer: Tokenizer, vocab: int) -> np.ndarray | None:
+    """Loss weight per token id [V] from weights by token string; a string must be one token."""
+    if not weights:
+        return None
+    table = np.ones(vocab, dtype=np.float32)
+    for text, weight in weights.items():
+        ids = tokenizer.encode_raw(text)
+        if len(ids) != 1:
+            raise UserError(
+                f"{text!r} is {len(ids)} tokens in this tokenizer, not one",
+                where="train.token_weights",
+                hint=f"single tokens: {', '.join(list(tokenizer.added_tokens)[:8])}",
+            )
+        table[ids[0]] = weight
+    return table

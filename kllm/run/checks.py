@@ -1,0 +1,137 @@
+"""Everything that can be known to be wrong before any work begins, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from kllm.config.load import Loaded
+from kllm.config.recipe import Recipe
+from kllm.config.stages import EvalStage, PretrainStage, SftStage
+from kllm.data import hub
+from kllm.data.sources import expand, is_builtin
+from kllm.errors import UserError, UserErrors
+from kllm.model.presets import get_preset
+from kllm.observe.sinks import check_sinks
+from kllm.run.fingerprint import data_paths, templates
+from kllm.run.inputs import Input, find_inputs
+from kllm.run.rundir import RunDir
+from kllm.run.shapes import TrainingStage, planned_shape, vocab_of_directory
+
+DISTRIBUTED = ("pretrain", "sft")
+"""Kinds of stages that run on several processes."""
+
+
+def check_all(loaded: Loaded, run: RunDir, names: Iterable[str]) -> None:
+    """Checks the stages `names`: files, presets, shapes, lengths, packages.
+
+    Raises:
+        UserErrors: all that is wrong (one alone is raised as it is).
+    """
+    errors: list[UserError] = []
+    for name in names:
+        errors += stage_errors(loaded, run, name)
+    unique = list({str(e): e for e in errors}.values())
+    if len(unique) == 1:
+        raise unique[0]
+    if unique:
+        raise UserErrors(unique)
+
+
+def stage_errors(loaded: Loaded, run: RunDir, name: str) -> list[UserError]:
+    """All that is wrong with one stage."""
+    recipe, stage = loaded.recipe, loaded.recipe.stage(name)
+    errors: list[UserError] = []
+
+    def attempt(key: str, check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except UserErrors as e:
+            errors.extend(e.errors)
+        except UserError as e:
+            errors.append(_placed(e, f"{name}.{key}", loaded))
+        return None
+
+    key = "tasks" if isinstance(stage, EvalStage) else "data"
+    for path in data_paths(stage):
+        attempt(key, lambda path=path: _check_source(path))  # type: ignore[misc]
+    for path in templates(stage):
+        attempt("chat_template", lambda path=path: _check_file(path))  # type: ignore[misc]
+    if isinstance(stage, EvalStage):
+        attempt("tasks", lambda: _check_tasks(stage.tasks))
+    inputs = attempt("model", lambda: find_inputs(recipe, name, run.path, fetch=False))
+    if isinstance(stage, PretrainStage | SftStage):
+        attempt("log.sinks", lambda: check_sinks(stage.log.sinks))
+        attempt("train.batch_tokens", lambda: _check_processes(recipe, stage))
+        preset_ok = attempt("model.preset", lambda: get_preset(stage.model.preset or "k-small"))
+        if inputs is not None and preset_ok is not None:
+            attempt("model", lambda: _check_shape(recipe, stage, inputs))
+    return errors
+
+
+def _placed(error: UserError, key: str, loaded: Loaded) -> UserError:
+    """The error with the line of the recipe that its key stands on, where it is known."""
+    own = error.where or ""
+    inner = f"{key.split('.')[0]}.{own}" if f"{key.split('.')[0]}.{own}" in loaded.origins else key
+    origin = loaded.origins.get(inner, "")
+    if not origin or origin in ("default", "file name"):
+        return error
+    about = inner if inner != key or own in ("", "model") else f"{key}: {own}"
+    return UserError(error.message, where=f"{origin}: {about}", hint=error.hint)
+
+
+def _check_source(path: str) -> None:
+    """A local source must exist and hold something; a hub id is not asked for here."""
+    if is_builtin(path):
+        expand(path)
+        return
+    if hub.is_hub_id(path) and not Path(path).exists():
+        return
+    files = expand(path)
+    if not any(file.stat().st_size for file in files):
+        raise UserError("the file is empty" if len(files) == 1 else "all its files are empty", where=path)
+
+
+def _check_file(path: str) -> None:
+    if not Path(path).is_file():
+        raise UserError("no such file", where=path)
+
+
+def _check_tasks(tasks: Iterable[str]) -> None:
+    for task in tasks:
+        kind, _, rest = task.partition(":")
+        if task != "builtin:world" and not (kind == "perplexity" and rest):
+            raise UserError(f"unknown task {task!r}", hint="known: builtin:world, perplexity:FILE")
+
+
+def _check_processes(recipe: Recipe, stage: TrainingStage) -> None:
+    rows = max(1, stage.train.batch_tokens // stage.dataset.seq_len)
+    if rows < recipe.nproc:
+        raise UserError(
+            f"{rows} rows a step cannot feed {recipe.nproc} processes",
+            hint=f"at least {recipe.nproc * stage.dataset.seq_len} tokens a step, or fewer processes",
+        )
+
+
+def _check_shape(recipe: Recipe, stage: TrainingStage, inputs: dict[str, Input]) -> None:
+    """The exact Hugging Face target, the positions, and the vocabulary of what exists already."""
+    model = inputs["model"].directory if "model" in inputs else None
+    tokenizer = inputs["tokenizer"].directory if "tokenizer" in inputs else None
+    shape = planned_shape(recipe, stage.name, model, tokenizer)
+    if shape is None:
+        return
+    positions = stage.model.max_position_embeddings or shape.max_position_embeddings
+    if stage.dataset.seq_len > positions:
+        raise UserError(
+            f"rows of {stage.dataset.seq_len} tokens are longer than the model's {positions} positions",
+            where="dataset.seq_len",
+            hint="lower dataset.seq_len or raise model.max_position_embeddings",
+        )
+    vocab = vocab_of_directory(tokenizer) if tokenizer else None
+    if model is not None and vocab is not None and vocab > shape.vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab} tokens, the model only {shape.vocab_size}",
+            where="tokenizer",
+            hint="use the tokenizer that the model was trained with",
+        )

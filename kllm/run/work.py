@@ -1,0 +1,80 @@
+"""The work of each kind of stage, in this process: tokenizer, training, evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kllm.config.stages import EvalStage, TokenizerStage
+from kllm.errors import UserError
+from kllm.run.context import StageContext
+
+
+def do_work(ctx: StageContext) -> dict[str, Any]:
+    """Runs `ctx.stage` to its end and returns its facts (`result` among them).
+
+    Heavy rooms are imported here, by kind: a tokenizer stage never waits for torch.
+    """
+    if isinstance(ctx.stage, TokenizerStage):
+        return _tokenizer_stage(ctx, ctx.stage)
+    if isinstance(ctx.stage, EvalStage):
+        return _eval_stage(ctx, ctx.stage)
+    from kllm.run.training import TrainingRun
+
+    return TrainingRun(ctx).run()
+
+
+def _tokenizer_stage(ctx: StageContext, stage: TokenizerStage) -> dict[str, Any]:
+    from kllm.tokenizer.train import train_tokenizer
+
+    template = Path(stage.chat_template).read_text(encoding="utf-8") if stage.chat_template else None
+    began = time.monotonic()
+    tokenizer, report = train_tokenizer(
+        _texts(stage),
+        stage.vocab_size,
+        max_bytes=stage.max_bytes,
+        min_frequency=stage.min_frequency,
+        han_cut=stage.han_cut,
+        reserved=stage.reserved,
+        chat_template=template,
+        progress=lambda part, done, total: ctx.reporter.progress(f"{stage.name} {part}", done, total, {}),
+    )
+    tokenizer.save(ctx.final_dir)
+    facts = {"vocab_size": tokenizer.vocab_size, "train_seconds": time.monotonic() - began}
+    return {"result": {**vars(report), **facts}, **facts}
+
+
+def _texts(stage: TokenizerStage) -> Iterator[str]:
+    """Every text of every record, whatever its dialect: a tokenizer learns from all words."""
+    from kllm.data.texts import all_texts
+    from kllm.data.sources import iter_records
+
+    for source in stage.data:
+        for _, record in iter_records(source.path):
+            yield from all_texts(record)
+
+
+def _eval_stage(ctx: StageContext, stage: EvalStage) -> dict[str, Any]:
+    from kllm.eval.tasks import run_task
+    from kllm.export.hf import load_model
+    from kllm.train.device import make_runtime
+
+    runtime = make_runtime(ctx.device)
+    model, tokenizer = load_model(ctx.inputs["model"], runtime.device)
+    if tokenizer is None:
+        raise UserError("the model has no tokenizer beside it", where=str(ctx.inputs["model"]))
+    model.eval()
+    results: dict[str, Any] = {}
+    for task in stage.tasks:
+        results[task] = run_task(
+            task,
+            model,
+            tokenizer,
+            limit=stage.limit,
+            batch_size=stage.batch_size,
+            max_new_tokens=stage.max_new_tokens,
+            seed=ctx.seed,
+        )
+    return {"result": results, "device": str(runtime.device)}

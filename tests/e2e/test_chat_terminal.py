@@ -1,0 +1,196 @@
+"""`kllm chat` in a real pseudo-terminal and in a pipe."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from chat_support import chat_model
+
+RUN = """
+import sys
+from kllm.chat.repl import run_chat
+from kllm.engine import SamplingParams
+from kllm.errors import KllmError
+model, max_tokens, prompt, as_json = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None, bool(sys.argv[4])
+sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+try:
+    code = run_chat(model, prompt=prompt, system=None, sampling=sampling, device="cpu", json_output=as_json)
+except KllmError as e:
+    print(f"error: {e}", file=sys.stderr)
+    code = e.exit_code
+sys.exit(code)
+"""
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"}
+ENV.pop("NO_COLOR", None)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return chat_model(tmp_path_factory.mktemp("chat") / "m")
+
+
+def command(model_dir, max_tokens=8, prompt="", as_json=""):
+    return [sys.executable, "-c", RUN, str(model_dir), str(max_tokens), prompt, as_json]
+
+
+class Terminal:
+    """A program on its own controlling terminal, with what it printed so far."""
+
+    def __init__(self, argv):
+        self.master, slave = pty.openpty()
+
+        def own_terminal():
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            argv, stdin=slave, stdout=slave, stderr=slave, env=ENV, preexec_fn=own_terminal
+        )
+        os.close(slave)
+        self.text = ""
+        self._at = 0
+
+    def read(self, seconds):
+        if select.select([self.master], [], [], seconds)[0]:
+            try:
+                self.text += os.read(self.master, 65536).decode("utf-8", "replace")
+            except OSError:  # Linux says this at the end of the other side
+                return False
+        return True
+
+    def expect(self, wanted, seconds=40):
+        """Waits for `wanted` after what was last waited for; returns what came before it."""
+        end = time.monotonic() + seconds
+        while wanted not in self.text[self._at :]:
+            assert time.monotonic() < end, f"no {wanted!r} in {self.text[self._at :]!r}"
+            if not self.read(0.2) and wanted not in self.text[self._at :]:
+                pytest.fail(f"ended without {wanted!r}: {self.text[self._at :]!r}")
+        found = self.text.index(wanted, self._at)
+        before, self._at = self.text[self._at : found], found + len(wanted)
+        return before
+
+    def grow(self, characters):
+        """Waits for that much more output."""
+        end = time.monotonic() + 40
+        while len(self.text) - self._at < characters:
+            assert time.monotonic() < end and self.read(0.2), self.text[self._at :]
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def close(self):
+        while self.process.poll() is None and self.read(0.2):
+            pass
+        code = self.process.wait(20)
+        os.close(self.master)
+        return code
+
+
+@pytest.fixture
+def terminal():
+    opened = []
+
+    def start(argv):
+        opened.append(Terminal(argv))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGKILL)
+            one.process.wait()
+
+
+def test_a_session_with_interrupts(model_dir, terminal):
+    tty = terminal(command(model_dir, max_tokens=7000))
+    tty.expect("/help lists the commands")
+    tty.expect(">>> ")
+    tty.type("where is the cat?\r")
+    tty.expect("cat?\r\n")
+    tty.grow(60)
+    tty.type("\x03")
+    tty.expect("[cut]", 10)
+    tokens = int(tty.expect(" tokens").split("m")[-1].split()[-1])
+    assert 0 < tokens < 6000
+    tty.expect(">>> ")
+    tty.type("/set max_tokens=6\r")
+    tty.expect("max_tokens=6")
+    tty.expect(">>> ")
+    tty.type("你好，猫在哪里？\r")  # another question, in Chinese
+    tty.expect("6 tokens")
+    tty.expect(">>> ")
+    tty.type("/stats\r")
+    tty.expect("2 turns")
+    tty.expect(">>> ")
+    tty.type("/retry\r")
+    tty.expect("6 tokens")
+    tty.expect(">>> ")
+    tty.type("/undo\r")
+    tty.expect("forgot: 你好，猫在哪里？")
+    tty.expect(">>> ")
+    tty.type("/undo\r")
+    tty.expect("forgot: where is the cat?")
+    tty.expect(">>> ")
+    tty.type("/nonsense\r")
+    tty.expect("error: unknown command /nonsense")
+    tty.expect(">>> ")
+    tty.type("\x04")
+    assert tty.close() == 0
+    assert "Traceback" not in tty.text
+
+
+def test_ctrl_c_at_the_prompt_hints_then_leaves(model_dir, terminal):
+    tty = terminal(command(model_dir))
+    tty.expect(">>> ")
+    tty.type("half a line")
+    tty.expect("half a line")
+    tty.type("\x03")  # throws the line away, no more
+    tty.expect(">>> ")
+    assert "Ctrl-C again" not in tty.text
+    tty.type("\x03")
+    tty.expect("Ctrl-C again or Ctrl-D leaves")
+    tty.expect(">>> ")
+    tty.type("hi\r")  # a word between two presses: they do not add up
+    tty.expect("8 tokens")
+    tty.expect(">>> ")
+    tty.type("\x03")
+    tty.expect("Ctrl-C again")
+    tty.expect(">>> ")
+    tty.type("\x03")
+    assert tty.close() == 130
+    assert "Traceback" not in tty.text
+
+
+def test_a_pipe_gets_plain_text(model_dir):
+    done = subprocess.run(
+        command(model_dir), input="你好\n".encode(), capture_output=True, env=ENV, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(b"\n") and len(done.stdout) > 3
+    assert b"\x1b" not in done.stdout + done.stderr and b">>>" not in done.stdout
+    assert done.stderr == b"note: cut after 8 tokens\n"
+
+
+def test_ctrl_c_ends_a_one_shot_answer_with_130(model_dir):
+    process = subprocess.Popen(
+        command(model_dir, max_tokens=7000, prompt="go"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENV,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out.endswith(b"\n") and b"Traceback" not in err

@@ -1,0 +1,73 @@
+"""A random little model and a tokenizer whose tokens are bytes, for the engine's tests."""
+
+from __future__ import annotations
+
+import codecs
+
+import torch
+
+from kllm.model.presets import ModelShape
+from kllm.model.transformer import Transformer
+
+EOS = 256
+SHAPE = ModelShape(
+    vocab_size=257,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=640,
+    initializer_range=0.3,
+)
+
+
+def tiny_model(seed: int = 0, **changes: object) -> Transformer:
+    model = Transformer(SHAPE.with_(**changes))
+    model.init_weights(seed)
+    return model.eval()
+
+
+class ByteTokenizer:
+    """Token i is byte i; 256 ends the text."""
+
+    stop_token_ids = (EOS,)
+
+    def stream_decoder(self) -> ByteDecoder:
+        return ByteDecoder()
+
+
+class ByteDecoder:
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, token: int) -> str:
+        return self._utf8.decode(bytes([token])) if token < 256 else ""
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class Scripted(torch.nn.Module):
+    """A model that always says `text`, whatever it is asked, then ends; the engine's work without weights."""
+
+    def __init__(self, text: bytes) -> None:
+        super().__init__()
+        self.shape = SHAPE
+        self.script = [*text, EOS]
+        self.head_weight = torch.zeros(1)
+        self.prompt_length = 3
+
+    def ensure_context(self, length: int) -> None:
+        pass
+
+    def forward(self, tokens, positions, cache):
+        for layer in range(self.shape.num_hidden_layers):
+            kv = torch.zeros(tokens.shape[0], 2, tokens.shape[1], 8)
+            cache.update(layer, kv, kv)
+        return positions[..., None].float()
+
+    def logits(self, hidden):
+        said = (hidden[..., 0].long() - self.prompt_length + 1).clamp(0, len(self.script) - 1)
+        return torch.nn.functional.one_hot(torch.tensor(self.script)[said], 257).float() * 50

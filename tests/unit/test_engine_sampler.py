@@ -1,0 +1,142 @@
+"""The sampler against a plain one-row reference, and its statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kllm.engine.params import SamplingParams
+from kllm.engine.sampler import RowSettings, sample, uniforms
+from kllm.errors import KllmError, UserError
+
+CPU = torch.device("cpu")
+
+
+def draw(logits, params, noise, seen=None):
+    settings = RowSettings.build(params, CPU, logits.shape[1])
+    return sample(logits, settings, np.asarray(noise, dtype=np.float32), seen).tolist()
+
+
+def kept_by_reference(logits, p):
+    """Ids that transformers' warpers keep, in their order: temperature, top-k, top-p, min-p."""
+    scores = logits.double() / p.temperature
+    if p.top_k:
+        scores[scores < scores.topk(min(p.top_k, len(scores))).values[-1]] = -torch.inf
+    if p.top_p < 1:
+        ordered, order = scores.sort()
+        drop = ordered.softmax(0).cumsum(0) <= 1 - p.top_p
+        drop[-1] = False
+        scores[order[drop]] = -torch.inf
+    if p.min_p:
+        probs = scores.softmax(0)
+        scores[probs < p.min_p * probs.max()] = -torch.inf
+    return set((scores > -torch.inf).nonzero().flatten().tolist()), scores.softmax(0)
+
+
+PARAMS = [
+    SamplingParams(temperature=1.0, top_p=1.0),
+    SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(temperature=1.5, top_p=1.0, top_k=5),
+    SamplingParams(temperature=1.3, top_p=0.5, top_k=20),
+    SamplingParams(temperature=1.0, top_p=1.0, min_p=0.1),
+    SamplingParams(temperature=2.0, top_p=0.8, top_k=50, min_p=0.05),
+    SamplingParams(temperature=5.0, top_p=0.99),
+]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+@pytest.mark.parametrize("vocab", [40, 3000])
+def test_kept_set_and_inverse_cdf_match_the_reference(params, vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(vocab, generator=generator) * 3
+    kept, probs = kept_by_reference(logits.clone(), params)
+    grid = (np.arange(2000) + 0.5) / 2000
+    drawn = draw(logits.expand(2000, -1), [params] * 2000, grid)
+    assert set(drawn) <= kept
+    cdf = probs.cumsum(0)
+    wanted = torch.searchsorted(cdf, torch.from_numpy(grid), right=True)
+    # float32 sums against float64: only a grid point on a border may differ, and then by one token
+    assert (torch.tensor(drawn) == wanted).float().mean() > 0.995
+
+
+def test_a_flat_distribution_needs_more_than_the_head_and_gets_it():
+    logits = torch.linspace(0, 0.01, 4000)[torch.randperm(4000, generator=torch.Generator().manual_seed(1))]
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    drawn = draw(logits.expand(500, -1), [params] * 500, np.linspace(0, 0.999, 500))
+    kept, _ = kept_by_reference(logits.clone(), params)
+    assert set(drawn) <= kept and len(set(drawn)) > 450
+
+
+def test_mixed_rows_each_follow_their_own_parameters():
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(2)) * 2
+    rows = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=1.0, top_p=1.0),
+        SamplingParams(temperature=0.5, top_k=3, top_p=1.0),
+        SamplingParams(temperature=9.0, top_k=1),
+        SamplingParams(temperature=1.0, top_p=0.3, min_p=0.2, repetition_penalty=1.3),
+        SamplingParams(temperature=0, repetition_penalty=2.0),
+    ]
+    seen = torch.zeros(2, 500, dtype=torch.bool)
+    seen[:, :250] = True
+    noise = [0.1, 0.9, 0.5, 0.99, 0.3, 0.7]
+    together = draw(logits, rows, noise, seen)
+    alone = [
+        draw(logits[i : i + 1], [p], noise[i : i + 1], seen[:1] if p.repetition_penalty != 1 else None)[0]
+        for i, p in enumerate(rows)
+    ]
+    assert together == alone
+    assert together[0] == int(logits[0].argmax()) and together[3] == int(logits[3].argmax())
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
+    logits = torch.tensor([[4.0, 3.0, -1.0, -1.5]])
+    greedy = SamplingParams(temperature=0, repetition_penalty=2.0)
+    seen = torch.tensor([[True, False, False, False]])
+    assert draw(logits, [greedy], [0.0], seen) == [1]
+    seen = torch.tensor([[True, True, True, False]])
+    assert draw(torch.tensor([[-4.0, -3.0, -1.0, -1.5]]), [greedy], [0.0], seen) == [3]
+
+
+def test_uniforms_are_uniform_independent_and_fixed_for_ever():
+    u = uniforms([7] * 20000, range(20000))
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(np.histogram(u, 20, (0, 1))[0] - 1000).max() < 150
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(u, uniforms([8] * 20000, range(20000)))[0, 1]) < 0.03
+    # a seed is a promise to users: these numbers must never change
+    assert uniforms([0, 42, -1], [0, 3, 2]).tolist() == GOLDEN
+
+
+GOLDEN = [0.6524484753608704, 0.06735783815383911, 0.5105620622634888]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_logits_are_reported(value):
+    logits = torch.zeros(2, 9)
+    logits[1, 4] = value
+    with pytest.raises(KllmError, match="not finite"):
+        draw(logits, [SamplingParams(temperature=0)] * 2, [0, 0])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.2},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"max_tokens": -1},
+        {"stop": "END"},
+        {"stop": ("",)},
+    ],
+    ids=str,
+)
+def test_parameters_out_of_range_name_the_field(bad):
+    with pytest.raises(UserError) as caught:
+        SamplingParams(**bad)
+    assert caught.value.where == next(iter(bad))
