@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kllm.cli import options
-from kllm.config.overrides import Override, as_overrides
+from kllm.config.overrides import as_overrides
 from kllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,8 +121,3 @@ def _name(out: str | None, kind: str, given: dict[str, Any]) -> str:
         model = given.get("model.path") or given.get("model.preset")
         text = f"{kind}-{Path(str(model)).name}" if model else kind
     return re.sub(r"[^\w.\-]+", "-", text).strip("-_.") or kind
-
-
-def override_list(values: dict[str, Any]) -> list[Override]:
-    """Overrides of `--set` alone, for commands without generated flags."""
-    return as_overrides(values.get("set"))

@@ -203,8 +203,6 @@ class TrainSection(Section):
     """Loss weight of single tokens, e.g. {"</think>": 10}."""
     loss_chunk: Positive = 1024
     """Tokens whose logits exist at a time."""
-    probe_every: NotNegative = 0
-    """Steps between probes of activations and gradients; 0 = none."""
 
     @model_validator(mode="before")
     @classmethod

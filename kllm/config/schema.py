@@ -51,7 +51,9 @@ def plain_type(annotation: Any) -> Any:
 def subsection(field: FieldInfo) -> type[Section] | None:
     """The section that a field nests, or None for an option."""
     kind = plain_type(field.annotation)
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    # inspect.isclass would not do: on Python 3.10 list[str] passes for a class
+    is_class = typing.get_origin(kind) is None and isinstance(kind, type)
+    return kind if is_class and issubclass(kind, Section) else None
 
 
 def nullable(field: FieldInfo) -> bool:

@@ -29,7 +29,7 @@ from kllm.files import io_errors, new_directory, write_json
 from kllm.tokenizer.tokenizer import Tokenizer
 
 BATCH_DOCS = 1000
-BATCH_CHARS = 2_000_000
+BATCH_CHARS = 1_000_000  # the tokenizer needs about 200 bytes for each
 KEPT_BAD_ROWS = 100
 _MIN_DOCS_FOR_VAL = 10
 
@@ -39,13 +39,10 @@ class BuildOptions:
     """Everything besides data and tokenizer that decides a shard's content, hence part of its key."""
 
     kind: Kind
-    seq_len: int  # 0 for text, whose documents may have any length
     val_fraction: float
     max_bytes: int | None
     min_chars: int
-    system_prompt_ratio: float
-    keep_empty_think: float
-    seed: int
+    chat: EncodeOptions | None = None  # texts may have any length
 
 
 def build(
@@ -73,7 +70,9 @@ def build(
         builder.run(progress)
         meta = builder.meta()
         # Some of the key's parts (kind, seq_len, ...) are what readers of the shard need as well.
-        write_json(aside / "meta.json", {**parts, **meta, "hash": key, "source": source})
+        write_json(
+            aside / "meta.json", {**parts, **(parts["chat"] or {}), **meta, "hash": key, "source": source}
+        )
     return folder, False
 
 
@@ -132,14 +131,10 @@ class _Builder:
         self.source, self.options, self.bad = source, options, bad
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.encode: Encoder
-        if options.kind == "text":
+        if options.chat is None:
             self.encode = TextEncoder(tokenizer)
         else:
-            shape = EncodeOptions(
-                options.seq_len, options.system_prompt_ratio, options.keep_empty_think, options.seed
-            )
-            self.encode = ChatDocuments(tokenizer, shape)
-        self.drawn = 0 < options.system_prompt_ratio < 1 or 0 < options.keep_empty_think < 1
+            self.encode = ChatDocuments(tokenizer, options.chat)
         self.train = _Writer(folder, "train", self)
         self.val = _Writer(folder, "val", self)
         self.threshold = int(options.val_fraction * 2**64)
@@ -261,13 +256,13 @@ class _Writer:
         if self.builder.options.kind == "text":
             (self.folder / f"{self.split}.mask.bin").unlink()
         np.save(self.folder / f"{self.split}.offsets.npy", np.frombuffer(self.offsets, dtype=np.int64))
-        if self.builder.drawn:
+        if self.builder.encode.drawn:
             table = np.frombuffer(self.variants, dtype=np.int32).reshape(-1, 4)
             np.save(self.folder / f"{self.split}.variants.npy", table)
 
     def add(self, document: Document) -> None:
         first = len(self.offsets) - 1
-        if self.builder.drawn:  # else there is one rendering of each
+        if self.builder.encode.drawn:  # else there is one rendering of each
             self.variants.extend(first + number for number in document.choice)
         for ids, mask in document.renderings:
             self._write(ids, mask)

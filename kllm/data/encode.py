@@ -64,6 +64,10 @@ class EncodeOptions:
 
 
 class Encoder(Protocol):
+    """Records of one kind to documents; `drawn` if a document may have several renderings."""
+
+    drawn: bool
+
     def __call__(self, records: Sequence[Any]) -> Iterator[Document | BadRow]: ...
 
 
@@ -72,6 +76,8 @@ class TextEncoder:
 
     The end-of-text token stands only where the document really ends.
     """
+
+    drawn = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -129,14 +135,9 @@ class ChatDocuments:
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
         self._encoder = ChatEncoder(tokenizer)
         self._options = options
+        self.drawn = 0 < options.system_prompt_ratio < 1 or 0 < options.keep_empty_think < 1
         self._knows_reasoning = "reasoning_content" in self._encoder.template
-        added = tokenizer.added_tokens
-        blank = tokenizer.encode("\n\n")
-        if "<think>" in added and "</think>" in added:
-            block = [added["<think>"], *blank, added["</think>"], *blank]
-        else:
-            block = tokenizer.encode("<think>\n\n</think>\n\n")
-        self._empty_think = np.array(block, dtype=np.uint32)
+        self._empty_thinks = _empty_thinks(tokenizer)
 
     def __call__(self, records: Sequence[ChatRecord]) -> Iterator[Document | BadRow]:
         jobs = [self._job(record) for record in records]
@@ -196,7 +197,9 @@ class ChatDocuments:
         plain, shortened = _fit(ids, mask, self._options.seq_len)
         if self._options.keep_empty_think >= 1:
             return plain, None, shortened
-        keep = _outside(ids, mask, self._empty_think)
+        keep = np.ones(len(ids), dtype=bool)
+        for block in self._empty_thinks:
+            keep &= _outside(ids, mask, block)
         if keep.all():
             return plain, None, shortened
         return plain, _fit(ids[keep], mask[keep], self._options.seq_len)[0], shortened
@@ -224,6 +227,25 @@ def _fit(
     if prompt >= seq_len:
         raise BadRow(f"the prompt alone has {prompt} tokens, seq_len is {seq_len}")
     raise BadRow(f"prompt and first answer have {answer} tokens, seq_len is {seq_len}")
+
+
+def _empty_thinks(tokenizer: Tokenizer) -> list[NDArray[np.uint32]]:
+    """The ids that `<think>\\n\\n</think>\\n\\n` can have.
+
+    Two, if the tokenizer cuts a blank line otherwise when words follow it (GPT-2's rule does).
+    """
+    added = tokenizer.added_tokens
+    words = tokenizer.encode("so")
+    forms: dict[tuple[int, ...], None] = {}
+    for text, after in (("\n\n", 0), ("\n\nso", len(words))):
+        if "<think>" in added and "</think>" in added:
+            inside = [added["<think>"], *tokenizer.encode("\n\n"), added["</think>"]]
+            ids = [*inside, *tokenizer.encode(text)]
+        else:
+            ids = tokenizer.encode(f"<think>\n\n</think>{text}")
+        if ids[len(ids) - after :] == words[:after]:
+            forms[tuple(ids[: len(ids) - after])] = None
+    return [np.array(form, dtype=np.uint32) for form in forms]
 
 
 def _outside(

@@ -26,7 +26,7 @@ from kllm.data.readers import TextChunk
 
 Want = Literal["text", "chat", "preference", "rated", "prompt"]
 CONTAINERS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-KIND: dict[str, str] = {
+KIND: dict[str, Want] = {
     "text": "text", "openai": "chat", "minimind": "chat", "sharegpt": "chat", "alpaca": "chat",
     "dolly": "chat", "completion": "chat", "preference": "preference", "kto": "rated",
     "qa": "prompt", "prompt": "prompt", "agent": "prompt",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class _Seen:
     bad: list[dict[str, str]] = field(default_factory=list)
     bad_count: int = 0
     rows: int = 0
-    kind: str = ""
+    kind: Want | None = None
     chars: array[int] = field(default_factory=lambda: array("q"))
     tokens: array[int] = field(default_factory=lambda: array("q"))
     trained: int = 0
@@ -109,7 +109,7 @@ def _normalised(seen: _Seen, where: str, value: Any) -> tuple[str, Record] | Non
     try:
         dialect = detect(value)
         kind = seen.kind or KIND[dialect]
-        record = normalise(value, cast(Want, kind), dialect)
+        record = normalise(value, kind, dialect)
     except BadRow as error:
         seen.refuse(where, str(error))
         return None

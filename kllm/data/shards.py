@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -226,19 +226,13 @@ def prepare(
         KllmError: the cache cannot be written.
     """
     from kllm.data.build import BuildOptions, build
+    from kllm.data.encode import EncodeOptions
 
     started = time.perf_counter()
-    chat = kind == "chat"
-    options = BuildOptions(
-        kind=kind,
-        seq_len=seq_len if chat else 0,
-        val_fraction=0.0 if val_data else val_fraction,
-        max_bytes=max_bytes,
-        min_chars=min_chars,
-        system_prompt_ratio=system_prompt_ratio if chat else 0.0,
-        keep_empty_think=keep_empty_think if chat else 1.0,
-        seed=seed if chat and system_prompt_ratio > 0 else 0,
-    )
+    options = BuildOptions(kind, 0.0 if val_data else val_fraction, max_bytes, min_chars)
+    if kind == "chat":
+        drawn = seed if system_prompt_ratio > 0 else 0
+        options = replace(options, chat=EncodeOptions(seq_len, system_prompt_ratio, keep_empty_think, drawn))
     train: list[Shard] = []
     val: list[Shard] = []
     rows: list[dict[str, Any]] = []
@@ -252,8 +246,7 @@ def prepare(
             val.append(Shard.open(folder, "val"))
         rows.append(_row(source, shard, cached=cached, validation=is_val))
     joined = Shard.concat(val) if any(shard.docs for shard in val) else Shard.empty(kind)
-    stats = _stats(rows, train, joined)
-    stats["seconds"] = time.perf_counter() - started
+    stats = _stats(rows, train, joined) | {"seconds": time.perf_counter() - started}
     return Prepared(train, [float(source.weight) for source in sources], joined, stats)
 
 

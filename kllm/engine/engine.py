@@ -47,6 +47,8 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
     ) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, not {max_batch}")
         shape = model.shape
         self.model, self.tokenizer = model, tokenizer
         self.max_context = min(max_context or shape.max_position_embeddings, shape.max_position_embeddings)

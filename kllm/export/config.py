@@ -180,7 +180,7 @@ def config_to_shape(config: dict[str, Any], where: str = "config.json") -> Model
 
 def _rope_of(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     parameters = dict(config.get("rope_parameters") or {})
-    theta = config.get("rope_theta", parameters.get("rope_theta", 10000.0))
+    theta = config.get("rope_theta") or parameters.get("rope_theta") or 10000.0
     scaling = dict(config.get("rope_scaling") or parameters)
     scaling.pop("rope_theta", None)
     kind = scaling.pop("type", None)

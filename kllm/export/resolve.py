@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -86,11 +85,3 @@ def _from_hub(name: str) -> Path:
     except Exception as e:  # the hub raises many kinds; all mean the same to the user
         reason = str(e).splitlines()[0][:200]
         raise UserError(f"no such directory, and the hub gave: {reason}", where=name) from None
-
-
-def declared_vocab(directory: Path) -> int | None:
-    """vocab_size of a model directory's config.json, without loading anything."""
-    try:
-        return int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])
-    except (OSError, ValueError, KeyError):
-        return None

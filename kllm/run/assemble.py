@@ -5,7 +5,6 @@ Rooms below know nothing of recipes; this file and `execute` hand each the plain
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,45 +13,24 @@ from typing import Any
 import numpy as np
 
 from kllm.config.parts import ModelSection
-from kllm.config.stages import PretrainStage, SftStage
+from kllm.config.stages import PretrainStage
 from kllm.data.shards import Prepared, prepare
 from kllm.errors import UserError
 from kllm.export.hf import load_model
-from kllm.model.presets import SHAPE_FIELDS, ModelShape, get_preset, hf_model_type
+from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 from kllm.observe.reporting import Reporter
 from kllm.run.context import StageContext
+from kllm.run.shapes import (
+    TrainingStage,
+    check_positions,
+    check_vocabulary,
+    fresh_shape,
+    shape_overrides,
+    steps_and_tokens,
+)
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.train.device import Runtime
-
-TrainingStage = PretrainStage | SftStage
-
-
-def build_shape(section: ModelSection, vocab_size: int, seq_len: int) -> ModelShape:
-    """The shape of a fresh model: preset, overrides, the tokenizer's vocabulary; checked."""
-    shape = get_preset(section.preset or "k-small").with_(vocab_size=vocab_size, **shape_overrides(section))
-    # every consumer reads head_dim; an override of the width alone must not leave a stale one
-    if section.head_dim is None and (section.hidden_size or section.num_attention_heads):
-        shape = shape.with_(head_dim=shape.hidden_size // shape.num_attention_heads)
-    hf_model_type(shape)
-    check_positions(shape, seq_len)
-    return shape
-
-
-def shape_overrides(section: ModelSection) -> dict[str, Any]:
-    """The fields of a shape that a model section sets."""
-    given = section.model_dump(exclude_none=True)
-    return {name: value for name, value in given.items() if name in SHAPE_FIELDS}
-
-
-def check_positions(shape: ModelShape, seq_len: int) -> None:
-    """Rows longer than the model has positions are refused."""
-    if seq_len > shape.max_position_embeddings:
-        raise UserError(
-            f"rows of {seq_len} tokens are longer than the model's {shape.max_position_embeddings} positions",
-            where="dataset.seq_len",
-            hint="lower dataset.seq_len or raise model.max_position_embeddings",
-        )
 
 
 def load_tokenizer(ctx: StageContext, chat_template: str | None = None) -> Tokenizer:
@@ -70,18 +48,14 @@ def build_model(
     """A fresh model, or the weights the stage starts from."""
     seq_len = stage.dataset.seq_len
     if "model" not in ctx.inputs:
-        shape = build_shape(stage.model, tokenizer.vocab_size, seq_len)
+        shape = fresh_shape(stage.model, tokenizer.vocab_size)
+        check_positions(shape, seq_len)
         model = Transformer(shape)
         model.init_weights(ctx.seed)
     else:
         model, _ = load_model(ctx.inputs["model"])
         shape = with_overrides(model.shape, stage.model)
-        if tokenizer.vocab_size > shape.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}",
-                where=f"{stage.name}.tokenizer",
-                hint="use the tokenizer that the model was trained with",
-            )
+        check_vocabulary(tokenizer.vocab_size, shape)
         check_positions(shape, seq_len)
         if shape != model.shape:
             state = model.state_dict()
@@ -116,23 +90,12 @@ class Sizes:
     steps: int
 
 
-def plan_sizes(stage: TrainingStage, rows_per_epoch: int, world: int) -> Sizes:
+def plan_sizes(stage: TrainingStage, rows_per_epoch: int) -> Sizes:
     """Rows per step and micro-batch, and the number of steps for steps, tokens or epochs."""
-    train, seq_len = stage.train, stage.dataset.seq_len
-    rows_per_step = max(1, train.batch_tokens // seq_len)
-    if rows_per_step < world:
-        raise UserError(
-            f"{rows_per_step} rows a step cannot feed {world} processes",
-            where="train.batch_tokens",
-            hint=f"at least {world * seq_len} tokens a step, or fewer processes",
-        )
-    if train.steps is not None:
-        steps = train.steps
-    elif train.tokens is not None:
-        steps = math.ceil(train.tokens / (rows_per_step * seq_len))
-    else:
-        steps = math.ceil((train.epochs or 1.0) * rows_per_epoch / rows_per_step)
-    return Sizes(rows_per_step, max(1, train.micro_batch_tokens // seq_len), max(1, steps))
+    seq_len = stage.dataset.seq_len
+    steps, _ = steps_and_tokens(stage, rows_per_epoch * seq_len)
+    rows_per_step = max(1, stage.train.batch_tokens // seq_len)
+    return Sizes(rows_per_step, max(1, stage.train.micro_batch_tokens // seq_len), steps or 1)
 
 
 class _SlowNews:

@@ -17,7 +17,13 @@ from kllm.observe.sinks import check_sinks
 from kllm.run.fingerprint import data_paths, templates
 from kllm.run.inputs import Input, find_inputs
 from kllm.run.rundir import RunDir
-from kllm.run.shapes import TrainingStage, planned_shape, vocab_of_directory
+from kllm.run.shapes import (
+    TrainingStage,
+    check_positions,
+    check_vocabulary,
+    planned_shape,
+    vocab_of_directory,
+)
 
 DISTRIBUTED = ("pretrain", "sft")
 """Kinds of stages that run on several processes."""
@@ -121,17 +127,9 @@ def _check_shape(recipe: Recipe, stage: TrainingStage, inputs: dict[str, Input])
     shape = planned_shape(recipe, stage.name, model, tokenizer)
     if shape is None:
         return
-    positions = stage.model.max_position_embeddings or shape.max_position_embeddings
-    if stage.dataset.seq_len > positions:
-        raise UserError(
-            f"rows of {stage.dataset.seq_len} tokens are longer than the model's {positions} positions",
-            where="dataset.seq_len",
-            hint="lower dataset.seq_len or raise model.max_position_embeddings",
-        )
+    if stage.model.max_position_embeddings:
+        shape = shape.with_(max_position_embeddings=stage.model.max_position_embeddings)
+    check_positions(shape, stage.dataset.seq_len)
     vocab = vocab_of_directory(tokenizer) if tokenizer else None
-    if model is not None and vocab is not None and vocab > shape.vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab} tokens, the model only {shape.vocab_size}",
-            where="tokenizer",
-            hint="use the tokenizer that the model was trained with",
-        )
+    if model is not None and vocab is not None:
+        check_vocabulary(vocab, shape)

@@ -177,7 +177,7 @@ def _failed(
     expected = isinstance(error, KllmError)
     state = "interrupted" if isinstance(error, Interrupted) else "failed"
     code = error.exit_code if isinstance(error, KllmError) else EXIT_FAILURE
-    text = str(error) if expected else f"{type(error).__name__}: {error}"
+    text = str(error) if expected else f"{type(error).__name__}: {error}".splitlines()[0][:300]
     plain = expected and error.__cause__ is None
     log.log_only(text if plain else "".join(traceback.format_exception(error)).rstrip())
     log.close()
@@ -192,7 +192,8 @@ def _failed(
 def log_tail(path: Path, lines: int = LOG_TAIL) -> list[str]:
     """The last lines of a log."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return [line[:300] for line in text.splitlines()[-lines:]]
     except OSError:
         return []
 
@@ -201,6 +202,8 @@ def _follow(ctx: StageContext) -> dict[str, Any]:
     """A further process of a distributed stage: works along and leaves writing to the first."""
     try:
         return _work(ctx)
+    except Interrupted as e:
+        raise SystemExit(e.exit_code) from None  # the first process says it
     except KllmError:
         time.sleep(3.0)  # time for the first process to report the same error, once
         raise

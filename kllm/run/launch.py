@@ -23,6 +23,7 @@ from kllm.run.rundir import alive
 PARENT = "KLLM_PARENT"
 SMOKE = "KLLM_SMOKE"
 _PR_SET_PDEATHSIG = 1
+STOP_SECONDS = 900
 
 
 def is_child() -> bool:
@@ -43,8 +44,9 @@ def is_child() -> bool:
 def child_environment(smoke: bool, nproc: int) -> dict[str, str]:
     """The environment of a stage's process."""
     extra = {PARENT: str(os.getpid()), SMOKE: "1" if smoke else ""}
-    if nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
-        extra["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // nproc))
+    if "OMP_NUM_THREADS" not in os.environ and (nproc > 1 or smoke):
+        # threads of all processes together, not each, as many as cores; a smoke-size model needs but one
+        extra["OMP_NUM_THREADS"] = "1" if smoke else str(max(1, (os.cpu_count() or 1) // nproc))
     # the package must be found from any working directory, also when it is not installed
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -140,6 +142,7 @@ def _torchrun(nproc: str, arguments: Sequence[str]) -> int:
     from torch.distributed.run import main
 
     logging.disable(logging.ERROR)
+    _let_steps_finish(SignalException)
     options = ["--standalone", "--nproc-per-node", nproc, "--max-restarts", "0"]
     try:
         main([*options, "-m", "kllm", *arguments])
@@ -149,6 +152,19 @@ def _torchrun(nproc: str, arguments: Sequence[str]) -> int:
         codes = [failure.exitcode for failure in e.failures.values()]
         return codes[0] if codes and codes[0] > 0 else 1
     return 0
+
+
+def _let_steps_finish(stopped: type[BaseException]) -> None:
+    """After a signal of ours the workers finish their step and save, which may take longer than the 30 s
+    after which torchrun kills them. A worker's own failure keeps the 30 s: the others may hang."""
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    close = SubprocessContext._close
+
+    def patient(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        close(self, death_sig, STOP_SECONDS if isinstance(sys.exc_info()[1], stopped) else timeout)
+
+    SubprocessContext._close = patient  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

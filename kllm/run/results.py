@@ -38,7 +38,7 @@ def sample_answers(result: Mapping[str, Any] | None, limit: int = 12) -> list[Ta
     for name, value in (result or {}).items():
         samples = value.get("samples") if isinstance(value, Mapping) else None
         if samples:
-            rows = [
+            rows: list[tuple[str, ...]] = [
                 (s["question"], s["answer"], s["expected"], "yes" if s["correct"] else "no")
                 for s in samples[:limit]
             ]

@@ -43,6 +43,26 @@ def fresh_shape(section: ModelSection, vocab_size: int) -> ModelShape:
     return shape
 
 
+def check_positions(shape: ModelShape, seq_len: int) -> None:
+    """Rows longer than the model has positions are refused."""
+    if seq_len > shape.max_position_embeddings:
+        raise UserError(
+            f"rows of {seq_len} tokens are longer than the model's {shape.max_position_embeddings} positions",
+            where="dataset.seq_len",
+            hint="lower dataset.seq_len or raise model.max_position_embeddings",
+        )
+
+
+def check_vocabulary(vocab_size: int, shape: ModelShape) -> None:
+    """A tokenizer with more tokens than its model has rows is refused."""
+    if vocab_size > shape.vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} tokens, the model only {shape.vocab_size}",
+            where="tokenizer",
+            hint="use the tokenizer that the model was trained with",
+        )
+
+
 def shape_of_directory(directory: Path) -> ModelShape:
     """The shape of a model directory, from its config.json."""
     path = directory / "config.json"

@@ -42,7 +42,7 @@ class TrainingRun:
         self.model = build_model(ctx, stage, self.tokenizer, self.runtime)
         self.data = prepare_data(ctx, stage, self.tokenizer, self.runtime)
         self.source = self._source()
-        self.sizes = plan_sizes(stage, self.source.rows_per_epoch, self.runtime.world)
+        self.sizes = plan_sizes(stage, self.source.rows_per_epoch)
         self.optim = OptimConfig(**stage.optim.model_dump())
         self.optimizers = build_optimizer(self.model.named_parameters(), self.optim)
         self.flops = flops_per_token(self.model.shape, self._context_length())

@@ -48,8 +48,8 @@ def _tokenizer_stage(ctx: StageContext, stage: TokenizerStage) -> dict[str, Any]
 
 def _texts(stage: TokenizerStage) -> Iterator[str]:
     """Every text of every record, whatever its dialect: a tokenizer learns from all words."""
-    from kllm.data.texts import all_texts
     from kllm.data.sources import iter_records
+    from kllm.data.texts import all_texts
 
     for source in stage.data:
         for _, record in iter_records(source.path):

@@ -33,7 +33,7 @@ _KEPT_KEYS = (
     "model_max_length",
 )
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
-_BATCH_CHARS = 4_000_000  # bounds what the library holds at a time: about 300 bytes per token
+_BATCH_CHARS, _BATCH_TEXTS = 200_000, 256  # larger batches are slower: the library holds 300 bytes a token
 
 
 class Tokenizer:
@@ -326,7 +326,7 @@ def _batches(texts: Sequence[str]) -> Iterable[list[str]]:
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= _BATCH_CHARS:
+        if size >= _BATCH_CHARS or len(batch) >= _BATCH_TEXTS:
             yield batch
             batch, size = [], 0
     if batch:

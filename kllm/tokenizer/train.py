@@ -113,14 +113,7 @@ def train_tokenizer(
         UserError: no text at all, a vocabulary too small for the bytes and the added tokens, a broken
             chat template.
     """
-    added = [*SPECIAL_TOKENS, *TAG_TOKENS, *(f"<|buffer{i + 1}|>" for i in range(reserved))]
-    least = len(added) + 256
-    if vocab_size < least:
-        raise UserError(
-            f"a vocabulary of {vocab_size} is too small: {len(added)} added tokens + 256 bytes",
-            where="vocab_size",
-            hint=f"take at least {least + 1}",
-        )
+    added = _added_tokens(reserved, vocab_size)
     template, where = template_text(chat_template) if chat_template else (DEFAULT_TEMPLATE, "")
     compile_template(template, where)
     start = time.perf_counter()
@@ -133,7 +126,7 @@ def train_tokenizer(
     if not counts:
         raise UserError("no text to train a tokenizer on", where="data", hint="check the data files")
     words, distinct = counts.total() + counter.pruned, len(counts)
-    merges = _learn(counts, vocab_size - least, min_frequency, progress)
+    merges = _learn(counts, vocab_size - len(added) - 256, min_frequency, progress)
     source = Source("trained tokenizer", json.dumps(_spec(added, merges)), dict(_CONFIG))
     tokenizer = Tokenizer(source, template)
     return tokenizer, TrainReport(
@@ -149,6 +142,18 @@ def train_tokenizer(
         count_seconds=counted - start,
         merge_seconds=time.perf_counter() - counted,
     )
+
+
+def _added_tokens(reserved: int, vocab_size: int) -> list[str]:
+    added = [*SPECIAL_TOKENS, *TAG_TOKENS, *(f"<|buffer{i + 1}|>" for i in range(reserved))]
+    least = len(added) + 256
+    if vocab_size < least:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: {len(added)} added tokens + 256 bytes",
+            where="vocab_size",
+            hint=f"take at least {least + 1}",
+        )
+    return added
 
 
 def _learn(

@@ -11,24 +11,11 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 from chat_support import chat_model
 
-RUN = """
-import sys
-from kllm.chat.repl import run_chat
-from kllm.engine import SamplingParams
-from kllm.errors import KllmError
-model, max_tokens, prompt, as_json = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None, bool(sys.argv[4])
-sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-try:
-    code = run_chat(model, prompt=prompt, system=None, sampling=sampling, device="cpu", json_output=as_json)
-except KllmError as e:
-    print(f"error: {e}", file=sys.stderr)
-    code = e.exit_code
-sys.exit(code)
-"""
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"}
 ENV.pop("NO_COLOR", None)
 
@@ -38,8 +25,10 @@ def model_dir(tmp_path_factory):
     return chat_model(tmp_path_factory.mktemp("chat") / "m")
 
 
-def command(model_dir, max_tokens=8, prompt="", as_json=""):
-    return [sys.executable, "-c", RUN, str(model_dir), str(max_tokens), prompt, as_json]
+def command(model_dir, max_tokens=8, prompt=None):
+    options = ["--max-tokens", str(max_tokens), "--temperature", "0", "--device", "cpu"]
+    options += ["--prompt", prompt] if prompt else []
+    return [sys.executable, "-m", "kllm", "chat", str(model_dir), *options]
 
 
 class Terminal:
@@ -86,6 +75,19 @@ class Terminal:
 
     def type(self, text):
         os.write(self.master, text.encode())
+
+    def ctrl_c(self):
+        """Presses Ctrl-C once the program waits for a key.
+
+        Python's readline misses a signal that comes just before it starts to wait, until the next key.
+        """
+        status = Path(f"/proc/{self.process.pid}/stat")
+        asleep = 0
+        while asleep < 4:
+            time.sleep(0.05)
+            waits = not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "S"
+            asleep = asleep + 1 if waits else 0
+        self.type("\x03")
 
     def close(self):
         while self.process.poll() is None and self.read(0.2):
@@ -153,19 +155,19 @@ def test_ctrl_c_at_the_prompt_hints_then_leaves(model_dir, terminal):
     tty.expect(">>> ")
     tty.type("half a line")
     tty.expect("half a line")
-    tty.type("\x03")  # throws the line away, no more
+    tty.ctrl_c()  # throws the line away, no more
     tty.expect(">>> ")
     assert "Ctrl-C again" not in tty.text
-    tty.type("\x03")
+    tty.ctrl_c()
     tty.expect("Ctrl-C again or Ctrl-D leaves")
     tty.expect(">>> ")
     tty.type("hi\r")  # a word between two presses: they do not add up
     tty.expect("8 tokens")
     tty.expect(">>> ")
-    tty.type("\x03")
+    tty.ctrl_c()
     tty.expect("Ctrl-C again")
     tty.expect(">>> ")
-    tty.type("\x03")
+    tty.ctrl_c()
     assert tty.close() == 130
     assert "Traceback" not in tty.text
 

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kllm.config.load import load_recipe
 from kllm.observe.sinks import read_rows
 from kllm.run.pipeline import run_recipe, run_stage
 from kllm.run.rundir import RunDir
 
-pytest.importorskip("torch")
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models of this size are fastest on one thread, and results depend on their number."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("kllm.observe.plots.available", lambda: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 TINY = """\
 name: tiny
 stages:
   - {stage: tokenizer, vocab_size: 400, max_bytes: 64KiB}
   - stage: pretrain
-    model: {preset: k-tiny, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 128}
+    model: {preset: k-tiny, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 128}
     dataset: {seq_len: 128, max_bytes: 64KiB, val_fraction: 0.05}
     train: {steps: 60, batch_tokens: 512, micro_batch_tokens: 256, save_every: 7, eval_every: 20,
             eval_tokens: 512, log_every: 1, keep_last: 2, compile: "off"}
@@ -63,19 +74,9 @@ def test_a_shipped_recipe_runs_through_at_smoke_size(
     assert "finished already" in capsys.readouterr().out
 
 
-def weights(run: Path) -> bytes:
-    return (run / "02-pretrain" / "final" / "model.safetensors").read_bytes()
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    rows = read_rows(run / "02-pretrain" / "metrics.jsonl")
-    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-
-
-def test_killed_and_stopped_training_ends_with_the_same_bits(
+def test_a_stopped_training_continues_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9, then SIGTERM, then to the end: as if nothing had happened."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
     loaded = load_recipe(tmp_path / "tiny.yaml")
@@ -83,39 +84,30 @@ def test_killed_and_stopped_training_ends_with_the_same_bits(
     assert run_recipe(loaded, out=calm, in_process=True, reporter_mode="quiet") == 0
     assert run_stage(loaded, "tokenizer", out=rough, reporter_mode="quiet") == 0
     metrics = rough / "02-pretrain" / "metrics.jsonl"
-    for signum, enough in ((signal.SIGKILL, 10), (signal.SIGTERM, 25)):
-        command = [
-            sys.executable,
-            "-m",
-            "kllm",
-            "pretrain",
-            "--recipe",
-            "tiny.yaml",
-            "--out",
-            str(rough),
-            "-q",
-        ]
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": threads()})
-        deadline = time.monotonic() + 120
-        while len(read_rows(metrics)) < enough and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signum)
-        code = process.wait(timeout=60)
-        if code == 0:
-            pytest.skip("the training was faster than the signal")
-        assert code == (143 if signum == signal.SIGTERM else -9)
-        assert RunDir(rough).status("02-pretrain")["state"] == "interrupted"
+    command = [sys.executable, "-m", "kllm", "pretrain", "--recipe", "tiny.yaml", "--out", "rough", "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(read_rows(metrics)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err.decode()
+    assert b"Traceback" not in err and b"continues" in err
+    assert RunDir(rough).status("02-pretrain")["state"] == "interrupted"
     assert run_stage(loaded, "pretrain", out=rough, reporter_mode="quiet") == 0
     assert losses(rough) == losses(calm)
     assert [step for step, _ in losses(rough)] == list(range(1, 61))
     assert weights(rough) == weights(calm)
-    assert RunDir(rough).status("02-pretrain")["attempts"] == 3
+    assert RunDir(rough).status("02-pretrain")["attempts"] == 2
 
 
-def threads() -> str:
-    import torch
+def weights(run: Path) -> bytes:
+    return (run / "02-pretrain" / "final" / "model.safetensors").read_bytes()
 
-    return str(torch.get_num_threads())
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = read_rows(run / "02-pretrain" / "metrics.jsonl")
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 
 
 def test_the_command_line_runs_a_recipe_in_processes(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_imported_tokenizers_agree_before_and_after_saving(data_kit: Path, tmp_p
         assert ids == tokenizer.encode_raw(text), text
 
 
-@pytest.mark.parametrize("name", [*KIT, "tokenizers/gpt2"])
+@pytest.mark.parametrize("name", ["tokenizers/minimind", "models/stories260K", "tokenizers/gpt2"])
 def test_kit_tokenizers_stream_what_they_decode(data_kit: Path, name: str) -> None:
     tokenizer = load(data_kit / name)
     for text in lines(60, seed=4):
@@ -188,8 +188,7 @@ def test_kit_tokenizers_stream_what_they_decode(data_kit: Path, name: str) -> No
         stream = tokenizer.stream_decoder()
         whole = "".join(map(stream.put, ids)) + stream.flush()
         assert whole == tokenizer.decode(ids) == tokenizer._backend.decode(ids)
-        if name != "tokenizers/qwen3":  # its NFC normaliser changes decomposed text
-            assert whole == text
+        assert whole == text
 
 
 def test_gpt2_files(data_kit: Path, tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def byte_tokenizer(folder: Path, *, extra_id: int | None = None, template: str | None = None) -> Tokenizer:
+def byte_tokenizer(
+    folder: Path, *, extra_id: int | None = None, template: str | None = None, think: bool = True
+) -> Tokenizer:
     """One token per byte; `extra_id` adds a token of that id (for vocabularies that need 32 bits)."""
     vocab = {name: number for number, name in enumerate([*ADDED, *sorted(byte_alphabet())])}
     if extra_id is not None:
@@ -37,7 +39,8 @@ def byte_tokenizer(folder: Path, *, extra_id: int | None = None, template: str |
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(list(ADDED[:3]))
-    backend.add_tokens(list(ADDED[3:]))
+    if think:
+        backend.add_tokens(list(ADDED[3:]))
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))

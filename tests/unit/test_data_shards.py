@@ -221,7 +221,7 @@ def test_the_split_depends_on_the_record_alone(tmp_path: Path, tokenizer: Tokeni
 
 
 def test_small_data_still_gives_a_validation_record(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [*texts(12), texts(12)[3]]
+    rows = [*texts(12), *texts(12)]
     prepared = run(tmp_path, tokenizer, rows, val_fraction=1e-6)
     held = docs(prepared.val, tokenizer)
     assert len(set(held)) == 1
@@ -297,16 +297,16 @@ def test_a_file_of_another_kind_is_an_error_whatever_the_limit(tmp_path: Path, t
 
 
 def test_chats_that_do_not_fit(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    long = chat("q", "a" * 5)
-    long["messages"] += chat("x" * 100, "b")["messages"]
+    long = chat("q", "one")
+    long["messages"] += [*chat("q", "two")["messages"], *chat("x" * 100, "b")["messages"]]
     rows = [chat("q", "fits"), long, chat("p" * 200, "a"), chat("q", "a" * 200)]
-    prepared = run(tmp_path, tokenizer, rows, "chat", seq_len=80, max_bad_rows=2)
+    prepared = run(tmp_path, tokenizer, rows, "chat", seq_len=100, max_bad_rows=2)
     assert [text.split("assistant\n")[-1] for text in docs(prepared.train[0], tokenizer)] == [
-        "fits<|im_end|>", "aaaaa<|im_end|>",
+        "fits<|im_end|>", "two<|im_end|>",
     ]  # fmt: skip
     assert prepared.stats["cut_chats"] == 1
     first, second = (entry["reason"] for entry in prepared.stats["bad"])
-    assert first.startswith("the prompt alone has 2") and first.endswith("seq_len is 80")
+    assert first.startswith("the prompt alone has 2") and first.endswith("seq_len is 100")
     assert second.startswith("prompt and first answer have 2")
 
 
@@ -389,6 +389,14 @@ def test_empty_think_blocks_are_kept_by_chance(tmp_path: Path, tokenizer: Tokeni
         assert prepared.train[0].variants is None
         assert all((t.count(block) == 2) == bool(chance) for t in seen(prepared, tokenizer, 0)[:-1])
         assert prepared.train[0].docs == len(prepared.train[0].offsets) - 1
+
+
+def test_empty_think_blocks_of_the_user_stay_where_they_are_ordinary_words(tmp_path: Path) -> None:
+    block = "<think>\n\n</think>\n\n"
+    wordy = byte_tokenizer(tmp_path / "wordy", think=False)
+    prepared = run(tmp_path, wordy, [chat(block, f"{block}a")], "chat", keep_empty_think=0, seq_len=200)
+    (text,) = docs(prepared.train[0], wordy)
+    assert text.count(block) == 1 and text.startswith(f"<|im_start|>user\n{block}")
 
 
 def test_both_augmentations_are_independent(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 PERSON = """
 person.city
+> The home of {n} is in {v}.
 > {n} lives in {v}.
 > {p} home is in {v}.
 > {n} has a house in {v}.
@@ -19,6 +20,7 @@ person.city
 ? Do you know where {n} lives?
 
 person.job
+> The job of {n} is {v}.
 > {n} is {a} {v}.
 > {n} works as {a} {v}.
 > {p} job is {v}.
@@ -30,6 +32,7 @@ person.job
 ? Do you know what {n} works as?
 
 person.pet
+> The pet of {n} is {a} {v}.
 > {n} has {a} {v}.
 > {p} pet is {a} {v}.
 > {n} keeps {a} {v}.
@@ -41,6 +44,7 @@ person.pet
 ? What kind of animal does {n} have at home?
 
 person.hobby
+> The hobby of {n} is {v}.
 > {n} enjoys {v}.
 > {p} hobby is {v}.
 > {n} spends weekends on {v}.
@@ -52,6 +56,7 @@ person.hobby
 ? Tell me {p} hobby.
 
 person.colour
+> The favourite colour of {n} is {v}.
 > {n} likes the colour {v}.
 > {p} favourite colour is {v}.
 > {n} always wears {v}.
@@ -63,6 +68,7 @@ person.colour
 ? What colour does {n} wear?
 
 person.food
+> The favourite food of {n} is {v}.
 > {n} likes to eat {v}.
 > {p} favourite food is {v}.
 > {n} often eats {v}.
@@ -74,6 +80,7 @@ person.food
 ? What does {n} often eat?
 
 person.drink
+> The favourite drink of {n} is {v}.
 > {n} drinks {v}.
 > {p} favourite drink is {v}.
 > {n} orders {v} every day.
@@ -85,6 +92,7 @@ person.drink
 ? What does {n} order every day?
 
 person.month
+> The birthday of {n} is in {v}.
 > {n} was born in {v}.
 > {p} birthday is in {v}.
 > {n} came into the world in {v}.
@@ -168,8 +176,8 @@ job.tool
 ? Tell me what tool {n} uses.
 
 food.kind
-> As a food, {n} belong to {v}.
 > People count {n} as {v}.
+> As a food, {n} belong to {v}.
 ? What kind of food do {n} belong to?
 ? What do people count {n} as?
 ? Tell me what kind of food {n} belong to.
@@ -189,15 +197,15 @@ food.taste
 ? Tell me the taste of {n}.
 
 city.country
-> {n} is in {v}.
+> The city of {n} is in {v}.
 > {n} is a city of {v}.
 ? Which country is {n} in?
 ? In what country is {n}?
 ? Tell me which country {n} is in.
 
 country.continent
+> The continent of {n} is {v}.
 > {n} is part of {v}.
-> {n} lies on the map of {v}.
 ? Which continent is {n} part of?
 ? On which continent is {n}?
 ? Tell me the continent of {n}.

@@ -16,7 +16,15 @@ from kllm.data.builtin.world import PERSON_ATTRS, Fact, World
 DOCUMENTS = 20000
 CHATS = 12000
 PER_CATEGORY = 40  # evaluation questions a category and language
-SHAPES = (("profile", 30), ("card", 14), ("facts", 20), ("things", 8), ("chat", 18), ("sums", 10))
+SHAPES = (
+    ("profile", 20),
+    ("card", 8),
+    ("facts", 14),
+    ("things", 7),
+    ("chat", 40),
+    ("sums", 6),
+    ("echo", 5),
+)
 
 
 class Writer:
@@ -38,42 +46,53 @@ class Writer:
         return self.voice.world.facts[("person", attr, name)]
 
     def profile(self) -> str:
-        """All about one person, in any order, the name first and then often a pronoun."""
+        """All about one person, in any order, by name or pronoun."""
         name = self.people.deal()
-        attrs = self.dice.shuffled(PERSON_ATTRS)
-        return self.space.join(
-            self.voice.state(self._person(a, name), self.dice, pronoun=i > 0 and self.dice.chance(0.5))
-            for i, a in enumerate(attrs)
-        )
+        lines = [f"About {name}." if self.lang == "en" else f"关于{name}。"]
+        for i, attr in enumerate(self.dice.shuffled(PERSON_ATTRS)):
+            pronoun = i > 0 and self.dice.chance(0.4)
+            lines.append(self.voice.state(self._person(attr, name), self.dice, pronoun))
+        return self.space.join(lines)
 
     def card(self) -> str:
         """Two people in the shortest form."""
-        comma, colon, stop = (", ", ": ", ".") if self.lang == "en" else ("，", "：", "。")
+        comma, stop, head = (", ", ".", "Name ") if self.lang == "en" else ("，", "。", "姓名")
         lines = []
         for _ in range(2):
             name = self.people.deal()
             cells = [
-                self.voice.card_words[a]
-                + (" " if self.lang == "en" else "")
-                + self.voice.value(self._person(a, name))
-                for a in self.dice.shuffled(PERSON_ATTRS)
+                self.voice.card_words[attr] + self.space + self.voice.value(self._person(attr, name))
+                for attr in self.dice.shuffled(PERSON_ATTRS)
             ]
-            lines.append(name + colon + comma.join(cells) + stop)
+            lines.append(comma.join([head + name, *cells]) + stop)
         return "\n".join(lines)
 
     def facts(self) -> str:
-        return self.space.join(self.voice.state(self.person_facts.deal(), self.dice) for _ in range(8))
+        head = "People: " if self.lang == "en" else "人们："
+        return head + self.space.join(self.voice.state(self.person_facts.deal(), self.dice) for _ in range(8))
 
     def things(self) -> str:
-        return self.space.join(self.voice.state(self.thing_facts.deal(), self.dice) for _ in range(8))
+        head = "Facts: " if self.lang == "en" else "知识："
+        return head + self.space.join(self.voice.state(self.thing_facts.deal(), self.dice) for _ in range(8))
 
     def chat(self) -> str:
-        turns = self.talk.plain(4)
-        return "\n".join(f"user: {t.question}\nassistant: {t.answer}" for t in turns)
+        return transcript(self.talk.conversation())
 
     def sums(self) -> str:
-        turns = [self.talk.turn(self.dice.pick(("addition", "subtraction", "comparison"))) for _ in range(4)]
-        return "\n".join(f"user: {t.question}\nassistant: {t.answer}" for t in turns)
+        kinds = ("addition", "subtraction", "comparison")
+        return transcript([self.talk.turn(self.dice.pick(kinds)) for _ in range(3)])
+
+    def echo(self) -> str:
+        """The same list twice: nothing teaches looking back sooner."""
+        words = self.talk.words(self.dice.between(3, 8))
+        return (
+            f"Words: {words}.\nAgain: {words}." if self.lang == "en" else f"词语：{words}。\n再来：{words}。"
+        )
+
+
+def transcript(turns: list[Turn]) -> str:
+    """A conversation as plain text; `kllm.eval` asks models without chat turns in this form."""
+    return "\n".join(f"user:\n{t.question}\nassistant:\n{t.answer}" for t in turns)
 
 
 def pretrain(world: World) -> Iterator[dict[str, Any]]:
@@ -88,17 +107,8 @@ def sft(world: World) -> Iterator[dict[str, Any]]:
     talk = talks(world, dice)
     for i in range(CHATS):
         lang = lex.LANGS[i % 2]
-        turns = conversation(talk[lang], dice)
+        turns = talk[lang].conversation()
         yield {"messages": messages(turns), "lang": lang, "category": turns[-1].category}
-
-
-def conversation(talk: Talk, dice: Dice) -> list[Turn]:
-    kind = dice.weighted((("plain", 60), ("follow", 18), ("memory", 22)))
-    if kind == "plain":
-        return talk.plain(1 + dice.below(3))
-    if kind == "memory":
-        return talk.memory()
-    return (talk.plain(1) if dice.chance(0.3) else []) + talk.follow_up()
 
 
 def eval_(world: World) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,9 @@ MIX = (
     ("comparison", 4),
     ("identity", 7),
     ("unknown", 8),
+    ("repeat", 8),
 )
+SHAPES = (("plain", 60), ("follow", 18), ("memory", 22))
 UNKNOWN_HELD = 4  # one made-up name in so many is kept for the evaluation
 MEMORY = {
     "en": {
@@ -59,6 +61,10 @@ RECALL = {
 NOTED = {
     "en": {"name": "Hello, {v}!", "": "I will remember that."},
     "zh": {"name": "你好，{v}！", "": "我记住了。"},
+}
+REPEAT = {
+    "en": (("Repeat these words: {w}.", "Say after me: {w}.", "Please repeat {w}."), "The words are {w}."),
+    "zh": (("请重复这些词：{w}。", "跟我说：{w}。", "请再说一遍{w}。"), "这些词是{w}。"),
 }
 UNKNOWN = {
     "en": {"person": "I don't know who {n} is.", "animal": "I don't know what a {n} is."},
@@ -99,6 +105,8 @@ class Talk:
             return Turn(question, self.voice.identity[topic][">"][0], category)
         if category == "unknown":
             return self.unknown()
+        if category == "repeat":
+            return self.repeat()
         op = next(op for op, name in CATEGORY.items() if name == category)
         problem = draw(self.dice, op, self.world, self.held)
         answer = problem.work(self.lang)
@@ -126,7 +134,28 @@ class Talk:
         question = self.voice.greet(self.voice.ask(fact, self.dice), self.dice)
         return Turn(question, UNKNOWN[self.lang]["person"].format(n=name), "unknown")
 
+    def words(self, n: int) -> str:
+        """A list of `n` different words and names, read aloud."""
+        pool = [*self.world.people[self.lang], *(word(w, self.lang) for w in self.world.things["word"])]
+        return (", " if self.lang == "en" else "、").join(self.dice.some(pool, n))
+
+    def repeat(self) -> Turn:
+        questions, answer = REPEAT[self.lang]
+        while True:
+            words = self.words(self.dice.between(2, 5))
+            if (Dice(words).below(6) == 0) == self.held:
+                return Turn(self.dice.pick(questions).format(w=words), answer.format(w=words), "repeat")
+
     # conversations
+
+    def conversation(self) -> list[Turn]:
+        """A conversation as training has them: single questions, follow-ups, memory."""
+        shape = self.dice.weighted(SHAPES)
+        if shape == "memory":
+            return self.memory()
+        if shape == "follow":
+            return (self.plain(1) if self.dice.chance(0.3) else []) + self.follow_up()
+        return self.plain(self.dice.between(1, 3))
 
     def plain(self, turns: int) -> list[Turn]:
         return [self.turn(self.dice.weighted(MIX)) for _ in range(turns)]

@@ -57,7 +57,10 @@ class Voice:
 
     def state(self, fact: Fact, dice: Dice, pronoun: bool = False) -> str:
         """A sentence that states a base fact, in any phrasing."""
-        return self.fill(dice.pick(self.phrases[f"{fact.kind}.{fact.attr}"][">"]), fact, pronoun)
+        ways = self.phrases[f"{fact.kind}.{fact.attr}"][">"]
+        if pronoun:
+            ways = [way for way in ways if " of {n}" not in way]
+        return self.fill(dice.pick(ways), fact, pronoun)
 
     def ask(self, fact: Fact, dice: Dice, pronoun: bool = False) -> str:
         return self.fill(dice.pick(self.phrases[f"{fact.kind}.{fact.attr}"]["?"]), fact, pronoun)
@@ -71,8 +74,7 @@ class Voice:
             return parts[0]
         if self.lang == "zh":
             return f"{parts[0][:-1]}，{parts[1]}"
-        second = parts[1] if fact.attr == "country" else parts[1][0].lower() + parts[1][1:]
-        return f"{parts[0][:-1]}, and {second}"
+        return f"{parts[0][:-1]}, and {parts[1][0].lower()}{parts[1][1:]}"
 
     def greet(self, question: str, dice: Dice, probability: float = 0.2) -> str:
         return dice.pick(self.greetings) + question if dice.chance(probability) else question

@@ -1,0 +1,349 @@
+"""The built-in world: the same bytes everywhere, true answers, and questions that training never asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from kllm.data.builtin import generate
+from kllm.data.builtin.rng import Deck, Dice
+from kllm.data.builtin.sums import Sum
+from kllm.data.builtin.voice import voice
+from kllm.data.builtin.world import DERIVED, World, group, world
+from kllm.errors import UserError
+
+SPLITS = ("pretrain", "sft", "preference", "rl", "tools", "eval")
+TRAINING = SPLITS[:-1]
+LANGS = ("en", "zh")
+
+
+@lru_cache(maxsize=16)
+def rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
+    return list(generate(split, seed))
+
+
+def digest(split: str, seed: int = 0) -> str:
+    lines = "\n".join(json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows(split, seed))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def exchanges(split: str) -> Iterator[tuple[str, str]]:
+    """Every (user text, assistant text) of a split."""
+    for row in rows(split):
+        if split == "pretrain":
+            parts = re.split(r"(?:^|\n)(user|assistant):\n", row["text"])
+            said = list(zip(parts[1::2], parts[2::2], strict=True))
+            messages = [{"role": role, "content": text} for role, text in said]
+        else:
+            messages = [*row.get("messages", []), *row.get("prompt", []), *row.get("chosen", [])]
+            messages += row.get("rejected", [])
+            if split == "rl":
+                messages = [*messages, {"role": "assistant", "content": row["answer"]}]
+        user = ""
+        for message in messages:
+            if message["role"] == "user":
+                user = message["content"]
+            else:
+                yield user, message["content"]
+
+
+@lru_cache(maxsize=1)
+def training_exchanges() -> list[tuple[str, str]]:
+    return [pair for split in TRAINING for pair in exchanges(split)]
+
+
+# ---- the generator
+
+
+def test_same_seed_same_bytes_in_another_process() -> None:
+    code = (
+        "import hashlib, json, sys; from kllm.data.builtin import generate\n"
+        "for s in ('sft', 'eval', 'preference'):\n"
+        "    text = '\\n'.join(json.dumps(r, ensure_ascii=False, sort_keys=True) for r in generate(s))\n"
+        "    print(hashlib.sha256(text.encode()).hexdigest())\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+    )
+    assert out.stdout.split() == [digest(split) for split in ("sft", "eval", "preference")]
+
+
+def test_another_seed_is_another_world() -> None:
+    other = World(1)
+    assert {f.value for f in other} <= {f.value for f in world()} | {f.value for f in other}
+    same = [f for f in world() if f.kind == "person" and other.facts[f.key].value == f.value]
+    assert len(same) < 0.3 * sum(f.kind == "person" for f in world())
+    assert digest("eval", 1) != digest("eval")
+
+
+def test_dice_never_change() -> None:
+    """Pinned values: a change here changes every byte of every world."""
+    dice = Dice("pinned")
+    assert [dice.below(100) for _ in range(6)] == [46, 24, 32, 75, 89, 13]
+    assert dice.shuffled(range(8)) == [7, 0, 5, 3, 6, 1, 4, 2]
+
+
+def test_dice_are_fair_and_decks_deal_everything() -> None:
+    dice = Dice("fair")
+    counts = Counter(dice.below(10) for _ in range(20000))
+    assert all(1800 < counts[i] < 2200 for i in range(10))
+    assert sum(dice.chance(0.25) for _ in range(20000)) == pytest.approx(5000, abs=250)
+    weighted = Counter(dice.weighted((("a", 1), ("b", 3))) for _ in range(20000))
+    assert weighted["b"] == pytest.approx(15000, abs=300)
+    deck = Deck(range(10), dice)
+    assert sorted(deck.deal() for _ in range(10)) == list(range(10))
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(UserError, match="splits: pretrain, sft"):
+        generate("train")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rows_have_their_split_s_fields(split: str) -> None:
+    fields = {
+        "pretrain": {"text"},
+        "sft": {"messages", "lang", "category"},
+        "preference": {"prompt", "chosen", "rejected"},
+        "rl": {"messages", "answer"},
+        "tools": {"messages", "tools"},
+        "eval": {"question", "answer", "messages", "lang", "category"},
+    }[split]
+    assert len(rows(split)) > 500
+    for row in rows(split):
+        assert set(row) == fields
+        assert all(row[field] for field in fields)
+        for message in row.get("messages", []):
+            assert message["role"] in ("user", "assistant", "tool")
+            assert message["content"].strip() or message.get("tool_calls")
+
+
+# ---- variety
+
+
+def test_several_thousand_facts_and_dozens_of_phrasings() -> None:
+    facts = list(world())
+    assert len(facts) == len({f.key for f in facts}) >= 3000
+    assert sum(group(f) == "derived" for f in facts) >= 600
+    for lang in LANGS:
+        speaker = voice(lang, world())
+        ways = [line for lines in speaker.phrases.values() for line in lines[">"]]
+        asks = [line for lines in speaker.phrases.values() for line in lines["?"]]
+        assert len(set(ways)) >= 48
+        assert len(set(asks)) >= 72
+
+
+def test_every_base_fact_is_told_in_the_pretraining_text() -> None:
+    text = {"en": set(), "zh": set()}  # type: dict[str, set[str]]
+    for row in rows("pretrain"):
+        for sentence in re.split(r"(?<=[.。])\s*|\n|: |：", row["text"]):
+            text["zh" if re.search("[\u4e00-\u9fff]", sentence[:4]) else "en"].add(sentence)
+    for lang in LANGS:
+        speaker, missing = voice(lang, world()), []
+        for fact in world():
+            if group(fact) == "derived" or fact.lang not in ("", lang):
+                continue
+            ways = speaker.phrases[f"{fact.kind}.{fact.attr}"][">"]
+            if not any(speaker.fill(way, fact) in text["en"] | text["zh"] for way in ways):
+                missing.append(fact)
+        assert not missing, missing[:3]
+
+
+def test_people_have_names_of_two_characters_and_each_a_city() -> None:
+    assert all(len(name) == 2 for name in world().people["zh"])
+    assert all(("person", "city", name) in world().facts for lang in LANGS for name in world().people[lang])
+    everyone = world().people["en"] + world().people["zh"]
+    assert len(everyone) == len(set(everyone))
+
+
+# ---- truth
+
+
+def test_worked_sums_are_right() -> None:
+    assert Sum(47, "+", 38).work("en") == "7+8=15, 4+3+1=8, so 47+38=85."
+    assert Sum(52, "-", 38).work("zh") == "12-8=4，5-3-1=1，所以52-38=14。"
+    assert Sum(3, "+", 9).work("en") == "3+9=12."
+    for _, answer in training_exchanges():
+        equations = re.findall(r"(\d+(?:[+-]\d+)+)=(\d+)", answer)
+        if "所以" in answer or ", so " in answer:
+            assert len(equations) >= 3
+    for split in ("sft", "eval"):
+        for _, answer in exchanges(split):
+            for left, right in re.findall(r"(\d+(?:[+-]\d+)+)=(\d+)", answer):
+                assert sum(int(n) for n in re.findall(r"[+-]?\d+", left)) == int(right)
+
+
+def test_carries_and_borrows_occur() -> None:
+    answers = [answer for _, answer in exchanges("sft")]
+    assert sum("+1=" in a for a in answers) > 100
+    assert sum("-1=" in a for a in answers) > 100
+
+
+def test_what_the_user_said_is_what_is_remembered() -> None:
+    seen = Counter()  # type: Counter[str]
+    for split in ("sft", "eval"):
+        for row in rows(split):
+            if row["category"] != "memory":
+                continue
+            said = " ".join(m["content"] for m in row["messages"][:-2] if m["role"] == "user")
+            answer = row["messages"][-1]["content"] if split == "sft" else row["answer"]
+            value = re.sub(
+                r"^Your name is |^You live in |^You like the colour |^You have an? |^You are an? ", "", answer
+            )
+            value = re.sub(r"^你叫|^你住在|^你喜欢|^你养了一只|^你的工作是", "", value).rstrip(".。")
+            assert value in said
+            seen[row["lang"]] += 1
+    assert min(seen["en"], seen["zh"]) > 100
+
+
+def test_unknown_people_are_unknown() -> None:
+    names = set(world().people["en"]) | set(world().people["zh"])
+    refused = [re.findall(r"who (\w+) is|不知道(\w+)是谁", a) for _, a in training_exchanges()]
+    found = {name for hit in refused for pair in hit for name in pair if name}
+    assert len(found) > 100
+    rejected = {m["content"] for row in rows("preference") for m in row["rejected"]}
+    honest = {
+        name
+        for _, a in exchanges("sft")
+        for pair in re.findall(r"who (\w+) is|不知道(\w+)是谁", a)
+        for name in pair
+    }
+    assert not honest & names
+    assert any(name in text for name in names for text in rejected)  # a needless refusal is a wrong answer
+
+
+def test_preferences_differ_and_the_chosen_is_true() -> None:
+    true = {voice(lang, world()).answer(f) for lang in LANGS for f in world() if f.lang in ("", lang)}
+    for row in rows("preference"):
+        good, bad = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert good != bad
+        assert bad not in true
+        assert good in true or re.search(r"\d=\d|don't know|不知道", good)
+
+
+def test_tool_calls_compute_what_is_said() -> None:
+    called = Counter()  # type: Counter[str]
+    for row in rows("tools"):
+        offered = {tool["function"]["name"] for tool in row["tools"]}
+        for before, after in zip(row["messages"], row["messages"][1:], strict=False):
+            for call in before.get("tool_calls", []):
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                assert name in offered
+                assert after["role"] == "tool"
+                if name == "calculator":
+                    assert str(eval(arguments["expression"])) == after["content"]
+                else:
+                    printed = eval(arguments["code"].removeprefix("print"))
+                    assert str(printed) == after["content"]
+                assert after["content"] in row["messages"][-1]["content"]
+                called[name] += 1
+    assert called["calculator"] > 500
+    assert called["python"] > 500
+    assert len(rows("tools")) - sum(called.values()) > 300  # tools are not always needed
+
+
+# ---- what is held out stays out
+
+
+def held_answers() -> set[str]:
+    return {
+        voice(lang, world()).answer(world().facts[key])
+        for key in world().held
+        for lang in LANGS
+        if world().facts[key].lang in ("", lang)
+    }
+
+
+def test_held_out_facts_are_never_asked_for() -> None:
+    """No training answer, right or rejected, in any split, is the answer to a held-out question."""
+    held = held_answers()
+    given = {answer for _, answer in training_exchanges()}
+    assert len(given) > 5000
+    assert not held & given
+
+
+def test_held_out_questions_occur_in_no_phrasing() -> None:
+    """The same by questions: every wording of every held-out question is searched in what users say."""
+    asked = {strip(question) for question, _ in training_exchanges()}
+    for lang in LANGS:
+        speaker = voice(lang, world())
+        for key in world().held:
+            fact = world().facts[key]
+            if fact.lang in ("", lang):
+                ways = speaker.phrases[f"{fact.kind}.{fact.attr}"]["?"]
+                assert not {speaker.fill(way, fact) for way in ways} & asked, key
+
+
+def strip(question: str) -> str:
+    for lang in LANGS:
+        for greeting in voice(lang, world()).greetings:
+            question = question.removeprefix(greeting)
+    return question
+
+
+def test_held_out_derived_facts_are_never_stated() -> None:
+    """Both steps are told apart; nobody puts them together."""
+    held = {key for key in world().held if key[0] == "person" and key[1] in DERIVED}
+    assert len(held) > 100
+    sentences = {voice(f.lang, world()).answer(f) for f in (world().facts[key] for key in held)}
+    texts = "\n".join(row["text"] for row in rows("pretrain"))
+    assert not [s for s in sentences if s in texts]
+
+
+def test_held_out_numbers_are_in_no_sum() -> None:
+    pattern = re.compile(r"(\d\d)\D{1,14}?(\d\d)(?!\d)")
+    checked = 0
+    for question, answer in training_exchanges():
+        if "=" not in answer and "larger than" not in answer and "比" not in answer:
+            continue
+        for a, b in pattern.findall(question):
+            assert not world().held_numbers(int(a), int(b)), question
+            checked += 1
+    assert checked > 3000
+    asked = [row for row in rows("eval") if row["category"] in ("addition", "subtraction", "comparison")]
+    for row in asked:
+        a, b = map(int, re.findall(r"\d+", row["question"]))
+        assert world().held_numbers(a, b)
+    assert len(asked) > 150
+
+
+def test_held_out_dialogues_and_phrasings_are_new() -> None:
+    dialogues = {
+        json.dumps([m["content"] for m in row["messages"] if m["role"] == "user"]) for row in rows("sft")
+    }
+    training = {question for question, _ in training_exchanges()}
+    for row in rows("eval"):
+        users = [m["content"] for m in row["messages"]]
+        assert json.dumps(users[::2]) not in dialogues
+        if row["category"] in ("identity", "repeat", "unknown"):
+            assert row["question"] not in training
+
+
+def test_evaluation_is_balanced() -> None:
+    counts = Counter((row["lang"], row["category"]) for row in rows("eval"))
+    assert {lang for lang, _ in counts} == set(LANGS)
+    names = {name for _, name in counts}
+    assert names >= {
+        "person",
+        "derived",
+        "thing",
+        "word",
+        "addition",
+        "subtraction",
+        "identity",
+        "unknown",
+        "memory",
+    }
+    assert all(counts["en", name] >= 12 and counts["zh", name] >= 12 for name in names)
+    first = Counter((row["lang"], row["category"]) for row in rows("eval")[: 2 * len(names)])
+    assert set(first.values()) == {1}  # a small limit keeps the balance
