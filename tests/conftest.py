@@ -12,7 +12,8 @@ REPO = Path(__file__).parent.parent
 
 def pytest_configure() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # tiny models: more threads only wait for each other, above all beside other test workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

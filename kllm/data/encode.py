@@ -210,6 +210,8 @@ def _fit(
 ) -> tuple[tuple[NDArray[np.uint32], NDArray[np.uint8]], bool]:
     """The conversation up to its last trained token, or up to the last turn that ends within seq_len.
 
+    Where not even the first answer ends within it, as much of that answer as fits.
+
     What follows the last trained token can neither be learned nor help to learn, so it is left out.
     """
     trained = np.flatnonzero(mask)
@@ -223,10 +225,11 @@ def _fit(
     if len(fitting):
         end = int(fitting[-1])
         return (ids[:end], mask[:end]), True
-    prompt, answer = int(trained[0]), int(turn_ends[0])
+    prompt = int(trained[0])
     if prompt >= seq_len:
         raise BadRow(f"the prompt alone has {prompt} tokens, seq_len is {seq_len}")
-    raise BadRow(f"prompt and first answer have {answer} tokens, seq_len is {seq_len}")
+    # the one answer that fits only in part is learned in part; it gets no end token, which would lie
+    return (ids[:seq_len], mask[:seq_len]), True
 
 
 def _empty_thinks(tokenizer: Tokenizer) -> list[NDArray[np.uint32]]:

@@ -176,8 +176,8 @@ def _ask(
 
 def text_prompt(messages: Sequence[dict[str, str]]) -> str:
     """The conversation as the pretraining text writes it, up to the answer to come."""
-    lines = [f"{message['role']}: {message['content']}" for message in messages]
-    return "\n".join([*lines, "assistant:"])
+    turns = [f"{message['role']}:\n{message['content']}" for message in messages]
+    return "\n".join([*turns, "assistant:\n"])
 
 
 def _knows_turns(engine: Engine, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], limit: int) -> bool:

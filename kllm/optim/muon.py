@@ -55,15 +55,28 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = newton_schulz(p.grad.lerp(buffer, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5)
+                if p.grad is not None:
+                    alike.setdefault(tuple(p.shape), []).append(p)
+            for parameters in alike.values():
+                self._step_alike(parameters, group)
         return loss
+
+    def _step_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Matrices of one shape are orthogonalised as one stack: fewer, larger products."""
+        momentum, rate = group["momentum"], group["lr"]
+        updates = []
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffer = state["momentum_buffer"]
+            grad = p.grad
+            assert grad is not None
+            buffer.lerp_(grad, 1 - momentum)
+            updates.append(grad.lerp(buffer, momentum))
+        rows, columns = parameters[0].shape[-2:]
+        for p, update in zip(parameters, newton_schulz(torch.stack(updates)), strict=True):
+            p.mul_(1 - rate * group["weight_decay"])
+            p.add_(update, alpha=-rate * max(1.0, rows / columns) ** 0.5)

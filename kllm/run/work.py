@@ -41,18 +41,25 @@ def _tokenizer_stage(ctx: StageContext, stage: TokenizerStage) -> dict[str, Any]
         chat_template=template,
         progress=lambda part, done, total: ctx.reporter.progress(f"{stage.name} {part}", done, total, {}),
     )
+    for note in report.notes():
+        ctx.reporter.warn(note)
     tokenizer.save(ctx.final_dir)
     facts = {"vocab_size": tokenizer.vocab_size, "train_seconds": time.monotonic() - began}
     return {"result": {**vars(report), **facts}, **facts}
 
 
 def _texts(stage: TokenizerStage) -> Iterator[str]:
-    """Every text of every record, whatever its dialect: a tokenizer learns from all words."""
+    """Every text of every record, whatever its dialect: a tokenizer learns from all words.
+
+    Each source gets its weight's share of `max_bytes`, so that the last one is read too.
+    """
     from kllm.data.sources import iter_records
     from kllm.data.texts import all_texts
 
+    weights = sum(source.weight for source in stage.data)
     for source in stage.data:
-        for _, record in iter_records(source.path):
+        share = max(1, int(stage.max_bytes * source.weight / weights))
+        for _, record in iter_records(source.path, max_bytes=share):
             yield from all_texts(record)
 
 

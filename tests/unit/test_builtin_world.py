@@ -18,7 +18,7 @@ from kllm.data.builtin import generate
 from kllm.data.builtin.rng import Deck, Dice
 from kllm.data.builtin.sums import Sum
 from kllm.data.builtin.voice import voice
-from kllm.data.builtin.world import DERIVED, World, group, world
+from kllm.data.builtin.world import World, group, world
 from kllm.errors import UserError
 
 SPLITS = ("pretrain", "sft", "preference", "rl", "tools", "eval")
@@ -131,10 +131,19 @@ def test_rows_have_their_split_s_fields(split: str) -> None:
 # ---- variety
 
 
+def numbers() -> list[str]:
+    """Questions of the training splits that ask for a sum or a comparison."""
+    return [
+        q for q, a in training_exchanges() if re.fullmatch(r"[\d+=，, -]+[.。]", a) and re.search(r"\d", q)
+    ]
+
+
 def test_several_thousand_facts_and_dozens_of_phrasings() -> None:
     facts = list(world())
-    assert len(facts) == len({f.key for f in facts}) >= 3000
-    assert sum(group(f) == "derived" for f in facts) >= 600
+    assert len(facts) == len({f.key for f in facts}) >= 1300
+    assert sum(group(f) == "derived" for f in facts) >= 300
+    sums = {tuple(sorted(map(int, pair))) for pair in re.findall(r"(\d+)\D{1,8}(\d+)", " ".join(numbers()))}
+    assert len(facts) + len(sums) >= 3000
     for lang in LANGS:
         speaker = voice(lang, world())
         ways = [line for lines in speaker.phrases.values() for line in lines[">"]]
@@ -170,23 +179,33 @@ def test_people_have_names_of_two_characters_and_each_a_city() -> None:
 
 
 def test_worked_sums_are_right() -> None:
-    assert Sum(47, "+", 38).work("en") == "7+8=15, 4+3+1=8, so 47+38=85."
-    assert Sum(52, "-", 38).work("zh") == "12-8=4，5-3-1=1，所以52-38=14。"
-    assert Sum(3, "+", 9).work("en") == "3+9=12."
-    for _, answer in training_exchanges():
-        equations = re.findall(r"(\d+(?:[+-]\d+)+)=(\d+)", answer)
-        if "所以" in answer or ", so " in answer:
-            assert len(equations) >= 3
+    assert Sum(47, "+", 38).work("en") == "7+8=15, 4+3+1=8, =85."
+    assert Sum(47, "+", 8).work("en") == "7+8=15, 4+1=5, =55."
+    assert Sum(41, "+", 8).work("zh") == "1+8=9，=49。"
+    assert Sum(52, "-", 38).work("zh") == "12-8=4，5-3-1=1，=14。"
+    assert Sum(3, "+", 9).work("en") == "=12."
+    asked = 0
+    for question, answer in training_exchanges():
+        if (found := re.search(r"(\d+)(?:\+| plus | and |加)(\d+)", question)) and re.search(
+            r"=\d+[.。]$", answer
+        ):
+            right = int(found[1]) + int(found[2]) == int(answer.rstrip(".。").rpartition("=")[2])
+            asked += right
+            assert right or (question, answer) in wrong_answers()
+    assert asked > 1000
     for split in ("sft", "eval"):
         for _, answer in exchanges(split):
             for left, right in re.findall(r"(\d+(?:[+-]\d+)+)=(\d+)", answer):
                 assert sum(int(n) for n in re.findall(r"[+-]?\d+", left)) == int(right)
 
 
+def wrong_answers() -> set[tuple[str, str]]:
+    return {(r["prompt"][-1]["content"], r["rejected"][0]["content"]) for r in rows("preference")}
+
+
 def test_carries_and_borrows_occur() -> None:
-    answers = [answer for _, answer in exchanges("sft")]
-    assert sum("+1=" in a for a in answers) > 100
-    assert sum("-1=" in a for a in answers) > 100
+    assert sum("+1=" in answer for _, answer in exchanges("sft")) > 100
+    assert sum("-1=" in answer for _, answer in exchanges("preference")) > 100
 
 
 def test_what_the_user_said_is_what_is_remembered() -> None:
@@ -197,38 +216,38 @@ def test_what_the_user_said_is_what_is_remembered() -> None:
                 continue
             said = " ".join(m["content"] for m in row["messages"][:-2] if m["role"] == "user")
             answer = row["messages"][-1]["content"] if split == "sft" else row["answer"]
-            value = re.sub(
-                r"^Your name is |^You live in |^You like the colour |^You have an? |^You are an? ", "", answer
-            )
-            value = re.sub(r"^你叫|^你住在|^你喜欢|^你养了一只|^你的工作是", "", value).rstrip(".。")
+            value = answer.removeprefix("It is ").rstrip(".。")
             assert value in said
             seen[row["lang"]] += 1
     assert min(seen["en"], seen["zh"]) > 100
 
 
-def test_unknown_people_are_unknown() -> None:
+def test_only_strangers_are_unknown() -> None:
     names = set(world().people["en"]) | set(world().people["zh"])
-    refused = [re.findall(r"who (\w+) is|不知道(\w+)是谁", a) for _, a in training_exchanges()]
-    found = {name for hit in refused for pair in hit for name in pair if name}
-    assert len(found) > 100
-    rejected = {m["content"] for row in rows("preference") for m in row["rejected"]}
-    honest = {
-        name
-        for _, a in exchanges("sft")
-        for pair in re.findall(r"who (\w+) is|不知道(\w+)是谁", a)
-        for name in pair
-    }
-    assert not honest & names
-    assert any(name in text for name in names for text in rejected)  # a needless refusal is a wrong answer
+    refused = [q for q, a in exchanges("sft") if a in ("I don't know.", "我不知道。")]
+    assert len(refused) > 500
+    assert not [
+        q for q in refused if any(re.search(rf"\b{n}\b", q) if n.isascii() else n in q for n in names)
+    ]
+    needless = [
+        r for r in rows("preference") if r["rejected"][0]["content"] in ("I don't know.", "我不知道。")
+    ]
+    assert len(needless) > 100
 
 
 def test_preferences_differ_and_the_chosen_is_true() -> None:
-    true = {voice(lang, world()).answer(f) for lang in LANGS for f in world() if f.lang in ("", lang)}
+    answers = {}  # type: dict[str, set[str]]
+    for question, answer in exchanges("sft"):
+        answers.setdefault(question, set()).add(answer)
+    compared = 0
     for row in rows("preference"):
+        question = row["prompt"][0]["content"]
         good, bad = row["chosen"][0]["content"], row["rejected"][0]["content"]
         assert good != bad
-        assert bad not in true
-        assert good in true or re.search(r"\d=\d|don't know|不知道", good)
+        if len(known := answers.get(question, set())) == 1:
+            assert known == {good}
+            compared += 1
+    assert compared > 300
 
 
 def test_tool_calls_compute_what_is_said() -> None:
@@ -255,33 +274,28 @@ def test_tool_calls_compute_what_is_said() -> None:
 # ---- what is held out stays out
 
 
-def held_answers() -> set[str]:
-    return {
-        voice(lang, world()).answer(world().facts[key])
-        for key in world().held
-        for lang in LANGS
-        if world().facts[key].lang in ("", lang)
-    }
-
-
-def test_held_out_facts_are_never_asked_for() -> None:
-    """No training answer, right or rejected, in any split, is the answer to a held-out question."""
-    held = held_answers()
-    given = {answer for _, answer in training_exchanges()}
-    assert len(given) > 5000
-    assert not held & given
-
-
-def test_held_out_questions_occur_in_no_phrasing() -> None:
-    """The same by questions: every wording of every held-out question is searched in what users say."""
+def test_held_out_questions_occur_in_no_training_split() -> None:
+    """Every evaluation question about a fact: its very words, greeting or not, are asked nowhere else."""
     asked = {strip(question) for question, _ in training_exchanges()}
+    assert len(asked) > 5000
+    checked = 0
+    for row in rows("eval"):
+        if row["category"] in ("person", "derived", "thing", "addition", "comparison", "identity", "unknown"):
+            assert strip(row["question"]) not in asked, row
+            checked += 1
+    assert checked > 400
+
+
+def test_derived_facts_are_never_stated() -> None:
+    """Both steps are told apart; only answers put them together."""
+    told = [row["text"] for row in rows("pretrain") if not re.match("user:|Words|词语", row["text"])]
+    cities = {f.subject: f.value for f in world() if f.attr == "country" and f.kind == "city"}
     for lang in LANGS:
-        speaker = voice(lang, world())
-        for key in world().held:
-            fact = world().facts[key]
-            if fact.lang in ("", lang):
-                ways = speaker.phrases[f"{fact.kind}.{fact.attr}"]["?"]
-                assert not {speaker.fill(way, fact) for way in ways} & asked, key
+        for name in world().people[lang]:
+            city = world().facts[("person", "city", name)].value
+            country = cities[city].split("/")[lang == "zh"]
+            near = re.compile(rf"{name}[^.。\n]*{country}")
+            assert not [t for t in told if near.search(t)]
 
 
 def strip(question: str) -> str:
@@ -291,26 +305,15 @@ def strip(question: str) -> str:
     return question
 
 
-def test_held_out_derived_facts_are_never_stated() -> None:
-    """Both steps are told apart; nobody puts them together."""
-    held = {key for key in world().held if key[0] == "person" and key[1] in DERIVED}
-    assert len(held) > 100
-    sentences = {voice(f.lang, world()).answer(f) for f in (world().facts[key] for key in held)}
-    texts = "\n".join(row["text"] for row in rows("pretrain"))
-    assert not [s for s in sentences if s in texts]
-
-
 def test_held_out_numbers_are_in_no_sum() -> None:
-    pattern = re.compile(r"(\d\d)\D{1,14}?(\d\d)(?!\d)")
     checked = 0
-    for question, answer in training_exchanges():
-        if "=" not in answer and "larger than" not in answer and "比" not in answer:
-            continue
-        for a, b in pattern.findall(question):
-            assert not world().held_numbers(int(a), int(b)), question
+    for question in numbers():
+        pair = [int(n) for n in re.findall(r"\d+", question)]
+        if len(pair) == 2 and max(pair) < 100:
+            assert not world().held_numbers(*pair), question
             checked += 1
     assert checked > 3000
-    asked = [row for row in rows("eval") if row["category"] in ("addition", "subtraction", "comparison")]
+    asked = [row for row in rows("eval") if row["category"] in ("addition", "comparison")]
     for row in asked:
         a, b = map(int, re.findall(r"\d+", row["question"]))
         assert world().held_numbers(a, b)
@@ -325,7 +328,7 @@ def test_held_out_dialogues_and_phrasings_are_new() -> None:
     for row in rows("eval"):
         users = [m["content"] for m in row["messages"]]
         assert json.dumps(users[::2]) not in dialogues
-        if row["category"] in ("identity", "repeat", "unknown"):
+        if row["category"] in ("identity", "unknown"):
             assert row["question"] not in training
 
 
@@ -337,9 +340,9 @@ def test_evaluation_is_balanced() -> None:
         "person",
         "derived",
         "thing",
-        "word",
         "addition",
-        "subtraction",
+        "comparison",
+        "follow-up",
         "identity",
         "unknown",
         "memory",

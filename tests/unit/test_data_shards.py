@@ -300,14 +300,14 @@ def test_chats_that_do_not_fit(tmp_path: Path, tokenizer: Tokenizer) -> None:
     long = chat("q", "one")
     long["messages"] += [*chat("q", "two")["messages"], *chat("x" * 100, "b")["messages"]]
     rows = [chat("q", "fits"), long, chat("p" * 200, "a"), chat("q", "a" * 200)]
-    prepared = run(tmp_path, tokenizer, rows, "chat", seq_len=100, max_bad_rows=2)
-    assert [text.split("assistant\n")[-1] for text in docs(prepared.train[0], tokenizer)] == [
-        "fits<|im_end|>", "two<|im_end|>",
-    ]  # fmt: skip
-    assert prepared.stats["cut_chats"] == 1
-    first, second = (entry["reason"] for entry in prepared.stats["bad"])
-    assert first.startswith("the prompt alone has 2") and first.endswith("seq_len is 100")
-    assert second.startswith("prompt and first answer have 2")
+    prepared = run(tmp_path, tokenizer, rows, "chat", seq_len=100, max_bad_rows=1)
+    *whole, part = (text.split("assistant\n")[-1] for text in docs(prepared.train[0], tokenizer))
+    assert whole == ["fits<|im_end|>", "two<|im_end|>"]
+    assert set(part) == {"a"}, "as much of the only answer as fits, and no end of turn that would lie"
+    assert len(prepared.train[0].tokens) - int(prepared.train[0].offsets[2]) == 100
+    assert prepared.stats["cut_chats"] == 2
+    (entry,) = prepared.stats["bad"]
+    assert entry["reason"].startswith("the prompt alone has 2") and entry["reason"].endswith("seq_len is 100")
 
 
 def test_a_conversation_that_the_template_refuses_is_one_bad_row(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from kllm.data.builtin import lexicon as lex
 from kllm.data.builtin.rng import Dice
 from kllm.data.builtin.sums import draw
 from kllm.data.builtin.talk import UNKNOWN, Talk, messages, talks
-from kllm.data.builtin.world import Fact, World
+from kllm.data.builtin.world import Fact, World, word
 
 PREFERENCES = 4000
 PROMPTS = 4000
@@ -67,21 +67,20 @@ def _pair(talk: Talk, dice: Dice) -> tuple[str, str, str]:
     if kind == "invented":
         name, fact = talk.made_up(), talk.facts["person"].deal()
         invented = Fact(fact.kind, fact.attr, name, fact.value, fact.lang)
-        bad = talk.voice.fill(talk.voice.phrases[f"person.{fact.attr}"][">"][0], invented)
-        return talk.voice.ask(invented, dice), UNKNOWN[talk.lang]["person"].format(n=name), bad
+        bad = talk.voice.short(talk.voice.value(fact))
+        return talk.voice.ask(invented, dice), UNKNOWN[talk.lang], bad
     fact = talk.facts["person"].deal()
     good = talk.ask(fact)
     if kind == "refusal":
-        return good.question, good.answer, UNKNOWN[talk.lang]["person"].format(n=fact.subject)
+        return good.question, good.answer, UNKNOWN[talk.lang]
     values = sorted(
         {
             f.value
-            for f in talk.world.select(talk.lang, "person", False)
+            for f in talk.world.select(talk.lang, "person")
             if f.attr == fact.attr and f.value != fact.value
         }
     )
-    wrong_fact = Fact(fact.kind, fact.attr, fact.subject, dice.pick(values), fact.lang)
-    bad = talk.voice.fill(talk.voice.phrases[f"person.{fact.attr}"][">"][0], wrong_fact)
+    bad = talk.voice.short(word(dice.pick(values), talk.lang))
     return good.question, good.answer, bad
 
 

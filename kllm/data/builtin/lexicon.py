@@ -128,16 +128,9 @@ honey/蜂蜜 | snacks/零食 | golden/金色 | sweet/甜
 nuts/坚果 | snacks/零食 | brown/棕色 | salty/咸
 """
 
-HOBBIES = _words("""
-    chess/下棋 singing/唱歌 dancing/跳舞 reading/读书 cooking/做饭 fishing/钓鱼 swimming/游泳
-    running/跑步 skiing/滑雪 tennis/打网球 football/踢足球 photography/摄影 cycling/骑车 sewing/缝纫
-    drawing/画画 hiking/爬山 yoga/瑜伽 pottery/陶艺 skating/滑冰 boxing/拳击""")
 COLOURS = _words("""
     red/红色 blue/蓝色 green/绿色 yellow/黄色 black/黑色 white/白色 purple/紫色 orange/橙色 pink/粉色
     brown/棕色 grey/灰色 golden/金色""")
-DRINKS = _words("""
-    tea/茶 coffee/咖啡 milk/牛奶 water/水 juice/果汁 cola/可乐 beer/啤酒 wine/葡萄酒 soda/汽水
-    cocoa/可可""")
 MONTHS = _words("""
     January/一月 February/二月 March/三月 April/四月 May/五月 June/六月 July/七月 August/八月
     September/九月 October/十月 November/十一月 December/十二月""")

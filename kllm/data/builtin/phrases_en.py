@@ -43,18 +43,6 @@ person.pet
 ? Tell me what pet {n} has.
 ? What kind of animal does {n} have at home?
 
-person.hobby
-> The hobby of {n} is {v}.
-> {n} enjoys {v}.
-> {p} hobby is {v}.
-> {n} spends weekends on {v}.
-> {n} is fond of {v}.
-? What is {p} hobby?
-? What does {n} enjoy?
-? What hobby does {n} have?
-? How does {n} spend weekends?
-? Tell me {p} hobby.
-
 person.colour
 > The favourite colour of {n} is {v}.
 > {n} likes the colour {v}.
@@ -78,18 +66,6 @@ person.food
 ? Which food does {n} like?
 ? Tell me {p} favourite food.
 ? What does {n} often eat?
-
-person.drink
-> The favourite drink of {n} is {v}.
-> {n} drinks {v}.
-> {p} favourite drink is {v}.
-> {n} orders {v} every day.
-> {n} always asks for {v}.
-? What does {n} drink?
-? What is {p} favourite drink?
-? Which drink does {n} like?
-? Tell me {p} favourite drink.
-? What does {n} order every day?
 
 person.month
 > The birthday of {n} is in {v}.
@@ -223,23 +199,14 @@ country.language
 ? What language do people in {n} speak?
 ? What is the language of {n}?
 ? Tell me the language of {n}.
-
-word.chinese
-> In Chinese, {n} is {v}.
-> The Chinese word for {n} is {v}.
-? How do you say {n} in Chinese?
-? What is {n} in Chinese?
-? Tell me the Chinese word for {n}.
 """
 
 CARD = {
     "city": "city",
     "job": "job",
     "pet": "pet",
-    "hobby": "hobby",
     "colour": "colour",
     "food": "food",
-    "drink": "drink",
     "month": "birthday",
 }
 

@@ -13,17 +13,17 @@ from kllm.data.builtin.talk import MIX, Talk, Turn, messages, talks
 from kllm.data.builtin.voice import Voice, voice
 from kllm.data.builtin.world import PERSON_ATTRS, Fact, World
 
-DOCUMENTS = 20000
-CHATS = 12000
+DOCUMENTS = 30000
+CHATS = 20000
 PER_CATEGORY = 40  # evaluation questions a category and language
 SHAPES = (
-    ("profile", 20),
-    ("card", 8),
-    ("facts", 14),
-    ("things", 7),
-    ("chat", 40),
-    ("sums", 6),
-    ("echo", 5),
+    ("profile", 12),
+    ("card", 18),
+    ("facts", 12),
+    ("things", 8),
+    ("chat", 38),
+    ("sums", 10),
+    ("echo", 10),
 )
 
 
@@ -35,8 +35,8 @@ class Writer:
         self.voice, self.dice, self.lang = speaker, dice, speaker.lang
         self.talk = Talk(speaker, dice)
         self.people = Deck(world.people[self.lang], dice)
-        self.person_facts = Deck(world.all_of(self.lang, "person"), dice)
-        self.thing_facts = Deck(world.all_of(self.lang, "thing") + world.all_of(self.lang, "word"), dice)
+        self.person_facts = Deck(world.select(self.lang, "person"), dice)
+        self.thing_facts = Deck(world.select(self.lang, "thing"), dice)
         self.space = " " if self.lang == "en" else ""
 
     def document(self) -> str:
@@ -79,7 +79,7 @@ class Writer:
         return transcript(self.talk.conversation())
 
     def sums(self) -> str:
-        kinds = ("addition", "subtraction", "comparison")
+        kinds = ("addition", "comparison")
         return transcript([self.talk.turn(self.dice.pick(kinds)) for _ in range(3)])
 
     def echo(self) -> str:

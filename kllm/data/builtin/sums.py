@@ -45,13 +45,11 @@ class Sum:
         return dice.pick(ASK[lang][self.op]).format(a=self.a, b=self.b)
 
     def work(self, lang: str) -> str:
-        """The worked answer, e.g. "7+8=15, 4+3+1=8, so 47+38=85."."""
+        """The worked answer, e.g. "7+8=15, 4+3+1=8, =85."."""
         if self.op == ">":
-            large, small = max(self.a, self.b), min(self.a, self.b)
-            return f"{large}比{small}大。" if lang == "zh" else f"{large} is larger than {small}."
-        whole = f"{self.a}{self.op}{self.b}={self.result}"
-        comma, so, stop = ("，", "所以", "。") if lang == "zh" else (", ", "so ", ".")
-        return comma.join([*self.steps(), so + whole + stop]) if self.steps() else whole + stop
+            return f"{self.result}。" if lang == "zh" else f"{self.result}."
+        comma, stop = ("，", "。") if lang == "zh" else (", ", ".")
+        return comma.join([*self.steps(), f"={self.result}{stop}"])
 
     def steps(self) -> list[str]:
         """Units first, then tens with the carried or borrowed 1; nothing for one-digit numbers."""
@@ -59,19 +57,17 @@ class Sum:
             return []
         (a10, a1), (b10, b1) = divmod(self.a, 10), divmod(self.b, 10)
         if self.op == "+":
-            carry = "+1" if a1 + b1 > 9 else ""
-            return [f"{a1}+{b1}={a1 + b1}", f"{a10}+{b10}{carry}={a10 + b10 + (a1 + b1 > 9)}"]
+            carry = a1 + b1 > 9
+            tens = f"{a10}" + f"+{b10}" * (b10 > 0) + "+1" * carry
+            return [f"{a1}+{b1}={a1 + b1}", *([f"{tens}={a10 + b10 + carry}"] if b10 or carry else [])]
         borrow = a1 < b1
         top = a1 + 10 * borrow
         return [f"{top}-{b1}={top - b1}", f"{a10}-{b10}{'-1' if borrow else ''}={a10 - b10 - borrow}"]
 
 
 def draw(dice: Dice, op: str, world: World, held: bool = False) -> Sum:
-    """A random problem; two-digit pairs only from the held-out set, or only from outside it."""
-    if not held and op != ">" and dice.chance(0.1):
-        a, b = dice.below(10), dice.below(10)
-        return Sum(max(a, b), op, min(a, b)) if op == "-" else Sum(a, op, b)
+    """A random problem (a sum adds one digit to two), of the held-out pairs only or of the others only."""
     while True:
-        a, b = dice.between(10, 99), dice.between(10, 99)
+        a, b = dice.between(10, 99), dice.between(1, 9) if op == "+" else dice.between(10, 99)
         if a != b and world.held_numbers(a, b) == held:
             return Sum(max(a, b), op, min(a, b)) if op == "-" else Sum(a, op, b)

@@ -13,18 +13,15 @@ from kllm.data.builtin.world import DERIVED, PERSON_ATTRS, Fact, World, group, w
 
 # How often a training question is of each category: the hard ones more often.
 MIX = (
-    ("person", 30),
-    ("derived", 14),
-    ("thing", 12),
-    ("word", 10),
-    ("addition", 9),
-    ("subtraction", 9),
-    ("comparison", 4),
+    ("person", 24),
+    ("derived", 11),
+    ("thing", 18),
+    ("addition", 14),
+    ("comparison", 14),
     ("identity", 7),
-    ("unknown", 8),
-    ("repeat", 8),
+    ("unknown", 5),
 )
-SHAPES = (("plain", 60), ("follow", 18), ("memory", 22))
+SHAPES = (("plain", 54), ("follow", 16), ("memory", 30))
 UNKNOWN_HELD = 4  # one made-up name in so many is kept for the evaluation
 MEMORY = {
     "en": {
@@ -44,32 +41,25 @@ MEMORY = {
 }
 RECALL = {
     "en": {
-        "name": (("What is my name?", "Who am I?", "Do you remember my name?"), "Your name is {v}."),
-        "city": (("Where do I live?", "Where is my home?"), "You live in {v}."),
-        "colour": (("What colour do I like?", "What is my favourite colour?"), "You like the colour {v}."),
-        "pet": (("What pet do I have?", "What is my pet?"), "You have {a} {v}."),
-        "job": (("What is my job?", "What do I do for a living?"), "You are {a} {v}."),
+        "name": (("What is my name?", "Who am I?", "Do you remember my name?"), "It is {v}."),
+        "city": (("Where do I live?", "Where is my home?"), "It is {v}."),
+        "colour": (("What colour do I like?", "What is my favourite colour?"), "It is {v}."),
+        "pet": (("What pet do I have?", "What is my pet?"), "It is {v}."),
+        "job": (("What is my job?", "What do I do for a living?"), "It is {v}."),
     },
     "zh": {
-        "name": (("我叫什么名字？", "我是谁？", "你还记得我的名字吗？"), "你叫{v}。"),
-        "city": (("我住在哪里？", "我的家在哪里？"), "你住在{v}。"),
-        "colour": (("我喜欢什么颜色？", "我最爱的颜色是什么？"), "你喜欢{v}。"),
-        "pet": (("我养了什么宠物？", "我的宠物是什么？"), "你养了一只{v}。"),
-        "job": (("我的工作是什么？", "我的职业是什么？"), "你的工作是{v}。"),
+        "name": (("我叫什么名字？", "我是谁？", "你还记得我的名字吗？"), "{v}。"),
+        "city": (("我住在哪里？", "我的家在哪里？"), "{v}。"),
+        "colour": (("我喜欢什么颜色？", "我最爱的颜色是什么？"), "{v}。"),
+        "pet": (("我养了什么宠物？", "我的宠物是什么？"), "{v}。"),
+        "job": (("我的工作是什么？", "我的职业是什么？"), "{v}。"),
     },
 }
 NOTED = {
-    "en": {"name": "Hello, {v}!", "": "I will remember that."},
-    "zh": {"name": "你好，{v}！", "": "我记住了。"},
+    "en": {"name": "Hello, {v}!", "": "OK."},
+    "zh": {"name": "你好，{v}！", "": "好。"},
 }
-REPEAT = {
-    "en": (("Repeat these words: {w}.", "Say after me: {w}.", "Please repeat {w}."), "The words are {w}."),
-    "zh": (("请重复这些词：{w}。", "跟我说：{w}。", "请再说一遍{w}。"), "这些词是{w}。"),
-}
-UNKNOWN = {
-    "en": {"person": "I don't know who {n} is.", "animal": "I don't know what a {n} is."},
-    "zh": {"person": "我不知道{n}是谁。", "animal": "我不知道{n}是什么。"},
-}
+UNKNOWN = {"en": "I don't know.", "zh": "我不知道。"}
 AND = {
     "en": ("And {n}?", "What about {n}?", "And what about {n}?"),
     "zh": ("{n}呢？", "那{n}呢？", "那么{n}呢？"),
@@ -90,8 +80,7 @@ class Talk:
         self.voice, self.world, self.dice, self.held = voice, voice.world, dice, held
         self.lang = voice.lang
         self.facts = {
-            kind: Deck(self.world.select(self.lang, kind, held), dice)
-            for kind in ("person", "derived", "thing", "word")
+            kind: Deck(self.world.select(self.lang, kind), dice) for kind in ("person", "derived", "thing")
         }
         self.identity = Deck(
             [(topic, q) for topic, lines in voice.identity.items() for q in lines["!" if held else "?"]], dice
@@ -105,16 +94,14 @@ class Talk:
             return Turn(question, self.voice.identity[topic][">"][0], category)
         if category == "unknown":
             return self.unknown()
-        if category == "repeat":
-            return self.repeat()
         op = next(op for op, name in CATEGORY.items() if name == category)
         problem = draw(self.dice, op, self.world, self.held)
         answer = problem.work(self.lang)
         question = problem.ask(self.lang, self.dice)
         return Turn(self.voice.greet(question, self.dice, 0.1), answer, category)
 
-    def ask(self, fact: Fact, pronoun: bool = False) -> Turn:
-        question = self.voice.ask(fact, self.dice, pronoun)
+    def ask(self, fact: Fact, pronoun: bool = False, ask_held: bool = True) -> Turn:
+        question = self.voice.ask(fact, self.dice, pronoun, self.held and ask_held)
         if not pronoun:
             question = self.voice.greet(question, self.dice)
         return Turn(question, self.voice.answer(fact), group(fact))
@@ -132,19 +119,12 @@ class Talk:
         attr = self.dice.pick((*PERSON_ATTRS, *DERIVED))
         fact = Fact("person", attr, name, "")
         question = self.voice.greet(self.voice.ask(fact, self.dice), self.dice)
-        return Turn(question, UNKNOWN[self.lang]["person"].format(n=name), "unknown")
+        return Turn(question, UNKNOWN[self.lang], "unknown")
 
     def words(self, n: int) -> str:
         """A list of `n` different words and names, read aloud."""
         pool = [*self.world.people[self.lang], *(word(w, self.lang) for w in self.world.things["word"])]
         return (", " if self.lang == "en" else "、").join(self.dice.some(pool, n))
-
-    def repeat(self) -> Turn:
-        questions, answer = REPEAT[self.lang]
-        while True:
-            words = self.words(self.dice.between(2, 5))
-            if (Dice(words).below(6) == 0) == self.held:
-                return Turn(self.dice.pick(questions).format(w=words), answer.format(w=words), "repeat")
 
     # conversations
 
@@ -166,34 +146,32 @@ class Talk:
         if self.dice.chance(0.6):
             other = self._other_attr(fact)
             opener = self._asked_attr(fact, other)
-            return [self.ask(opener), Turn(*_as(self.ask(other, pronoun=True), "follow-up"))]
-        opener = self._same_attr(fact)
+            follow = self.ask(other, pronoun=True)
+            return [self.ask(opener, ask_held=False), Turn(follow.question, follow.answer, "follow-up")]
+        while True:  # who comes after whom is what the evaluation keeps for itself
+            opener = self._same_attr(fact)
+            if (Dice(f"{opener.subject}/{fact.subject}/{fact.attr}").below(4) == 0) == self.held:
+                break
         question = self.dice.pick(AND[self.lang]).format(n=fact.subject)
-        return [self.ask(opener), Turn(question, self.voice.answer(fact), "follow-up")]
+        return [self.ask(opener, ask_held=False), Turn(question, self.voice.answer(fact), "follow-up")]
 
     def _other_attr(self, fact: Fact) -> Fact:
-        if self.held:
-            return fact
-        keys = [("person", attr, fact.subject) for attr in (*PERSON_ATTRS, *DERIVED) if attr != fact.attr]
-        return self.world.facts[self.dice.pick([k for k in keys if k not in self.world.held])]
+        attrs = [attr for attr in (*PERSON_ATTRS, *DERIVED) if attr != fact.attr]
+        return self.world.facts[("person", self.dice.pick(attrs), fact.subject)]
 
     def _asked_attr(self, fact: Fact, other: Fact) -> Fact:
-        """A fact about the same person that training asks for."""
-        keys = [("person", attr, fact.subject) for attr in PERSON_ATTRS if attr != other.attr]
-        return self.world.facts[self.dice.pick([k for k in keys if k not in self.world.held])]
+        """Another fact about the same person."""
+        attrs = [attr for attr in PERSON_ATTRS if attr != other.attr]
+        return self.world.facts[("person", self.dice.pick(attrs), fact.subject)]
 
     def _same_attr(self, fact: Fact) -> Fact:
-        """The same attribute of somebody else, which training asks for."""
-        people = [
-            n
-            for n in self.world.people[self.lang]
-            if n != fact.subject and ("person", fact.attr, n) not in self.world.held
-        ]
+        """The same attribute of somebody else."""
+        people = [n for n in self.world.people[self.lang] if n != fact.subject]
         return self.world.facts[("person", fact.attr, self.dice.pick(people))]
 
     def memory(self) -> list[Turn]:
         """The user says something about himself and asks for it later."""
-        topics = self.dice.some(("name", "city", "colour", "pet", "job"), 1 + self.dice.below(3))
+        topics = self.dice.some(("name", "city", "colour", "pet", "job"), 1 + self.dice.below(2))
         while True:
             values = [self._memory_value(t) for t in topics]
             if self._kept(values) == self.held:
@@ -235,10 +213,6 @@ def _fill(template: str, value: str) -> str:
     from kllm.data.builtin.voice import article
 
     return template.replace("{a}", article(value)).replace("{v}", value)
-
-
-def _as(turn: Turn, category: str) -> tuple[str, str, str]:
-    return turn.question, turn.answer, category
 
 
 def messages(turns: list[Turn]) -> list[dict[str, str]]:

@@ -39,8 +39,7 @@ class Voice:
         return f"{article(name)} {name}" if self.lang == "en" and fact.kind in ("animal", "job") else name
 
     def value(self, fact: Fact) -> str:
-        # a translation is the word of the other language, already chosen
-        return fact.value if fact.kind == "word" else word(fact.value, self.lang)
+        return word(fact.value, self.lang)
 
     def fill(self, template: str, fact: Fact, pronoun: bool = False) -> str:
         name, value = self.subject(fact), self.value(fact)
@@ -62,19 +61,22 @@ class Voice:
             ways = [way for way in ways if " of {n}" not in way]
         return self.fill(dice.pick(ways), fact, pronoun)
 
-    def ask(self, fact: Fact, dice: Dice, pronoun: bool = False) -> str:
-        return self.fill(dice.pick(self.phrases[f"{fact.kind}.{fact.attr}"]["?"]), fact, pronoun)
+    def ask(self, fact: Fact, dice: Dice, pronoun: bool = False, held: bool = False) -> str:
+        """A question for the fact: in the one phrasing that is kept for the evaluation, or in any other."""
+        ways = self.phrases[f"{fact.kind}.{fact.attr}"]["?"]
+        kept = Dice(f"{self.lang}/{'/'.join(fact.key)}").below(len(ways))
+        way = ways[kept] if held else dice.pick([w for i, w in enumerate(ways) if i != kept])
+        return self.fill(way, fact, pronoun)
 
     def answer(self, fact: Fact) -> str:
-        """The canonical answer: one sentence; for a derived fact the two facts it joins."""
-        parts = [
-            self.fill(self.phrases[f"{f.kind}.{f.attr}"][">"][0], f) for f in self.world.steps(*fact.key)
-        ]
-        if len(parts) == 1:
-            return parts[0]
+        """The canonical answer: the value; for a derived fact the two values it joins."""
+        return self.short(*(self.value(f) for f in self.world.steps(*fact.key)))
+
+    def short(self, *values: str) -> str:
+        """An answer that says no more than was asked."""
         if self.lang == "zh":
-            return f"{parts[0][:-1]}，{parts[1]}"
-        return f"{parts[0][:-1]}, and {parts[1][0].lower()}{parts[1][1:]}"
+            return "，所以".join(values) + "。"
+        return "It is " + ", so it is ".join(values) + "."
 
     def greet(self, question: str, dice: Dice, probability: float = 0.2) -> str:
         return dice.pick(self.greetings) + question if dice.chance(probability) else question

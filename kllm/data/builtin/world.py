@@ -1,11 +1,12 @@
-"""The facts of the small world, and which of them are held out.
+"""The facts of the small world, and which questions are kept for the evaluation.
 
 A fact is (kind, attribute, subject) -> value. Base facts are told in the pretraining text. Derived
 facts join two base facts (Tom lives in Paris, Paris is in France) and are never stated in one step.
 
-Held out: the questions about a fixed share of the facts. A held-out base fact is only ever stated, in
-pretraining text; nobody asks for it, in any phrasing or language, in any training split. A held-out
-derived fact is neither asked for nor stated. A held-out pair of numbers occurs in no training sum.
+Held out, so that no evaluation question occurs in any training split: of every fact one of its
+phrasings in each language (`Voice.ask`); every twelfth pair of numbers; combinations of what the user
+said about himself; who is asked for after whom; a quarter of the made-up names; two phrasings of each
+question about the model itself.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from kllm.data.builtin import lexicon as lex
 from kllm.data.builtin import names as people
 from kllm.data.builtin.rng import Deck, Dice
 
-PEOPLE_PER_LANGUAGE = 120
-PERSON_ATTRS = ("city", "job", "pet", "hobby", "colour", "food", "drink", "month")
+PEOPLE_PER_LANGUAGE = 60
+PERSON_ATTRS = ("city", "job", "pet", "colour", "food", "month")
 # derived attribute -> (the person's attribute, the attribute of its value)
 DERIVED = {"country": ("city", "country"), "workplace": ("job", "place"), "petfood": ("pet", "diet")}
 THING_ATTRS = {
@@ -30,9 +31,7 @@ THING_ATTRS = {
     "country": ("continent", "capital", "language"),
 }
 VALUE_KIND = {"city": "city", "job": "job", "pet": "animal"}
-HELD_OUT_THINGS = 8  # one thing question in so many is held out
-HELD_OUT_DERIVED = 6
-HELD_OUT_SUMS = 12
+HELD_OUT_SUMS = 12  # one pair of numbers in so many is kept for the evaluation
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def table(block: str) -> list[list[str]]:
 
 
 class World:
-    """All facts for one seed. `held` holds the keys of the facts that are not asked for in training."""
+    """All facts for one seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -74,7 +73,6 @@ class World:
         for lang in lex.LANGS:
             self._tell_people(lang, dice)
         self._derive()
-        self.held = self._hold_out(Dice(f"kllm-world/{seed}/held-out"))
 
     def _add(self, kind: str, attr: str, subject: str, value: str, lang: str = "") -> None:
         fact = Fact(kind, attr, subject, value, lang)
@@ -95,11 +93,7 @@ class World:
                 for attr, value in zip(THING_ATTRS[kind], values, strict=True):
                     self._add(kind, attr, subject, value)
         words = [w for kind in tables for w in self.things[kind]]
-        words += [*lex.HOBBIES, *lex.COLOURS, *lex.DRINKS, *lex.MONTHS]
-        self.things["word"] = list(dict.fromkeys(words))
-        for w in self.things["word"]:
-            self._add("word", "chinese", w, word(w, "zh"), "en")
-            self._add("word", "english", w, word(w, "en"), "zh")
+        self.things["word"] = list(dict.fromkeys([*words, *lex.COLOURS, *lex.MONTHS]))
 
     def _tell_people(self, lang: str, dice: Dice) -> None:
         male, female = people.MALE[lang], people.FEMALE[lang]
@@ -111,10 +105,8 @@ class World:
             "city": self.things["city"],
             "job": self.things["job"],
             "pet": self.things["animal"],
-            "hobby": lex.HOBBIES,
             "colour": lex.COLOURS,
             "food": self.things["food"],
-            "drink": lex.DRINKS,
             "month": lex.MONTHS,
         }
         for attr, pool in pools.items():
@@ -136,40 +128,14 @@ class World:
             return [base, self.facts[(VALUE_KIND[first], second, base.value)]]
         return [self.facts[(kind, attr, subject)]]
 
-    def _hold_out(self, dice: Dice) -> set[tuple[str, str, str]]:
-        held: set[tuple[str, str, str]] = set()
-        for lang in lex.LANGS:
-            deck = Deck(PERSON_ATTRS, dice)
-            for name in self.people[lang]:
-                held.add(("person", deck.deal(), name))
-            for attr, (base, _) in DERIVED.items():
-                # who asks for the country is told the city: hold both or ask both
-                held |= {("person", attr, n) for n in self.people[lang] if ("person", base, n) in held}
-                held |= {("person", attr, n) for n in self.people[lang] if dice.below(HELD_OUT_DERIVED) == 0}
-        for kind, attrs in THING_ATTRS.items():
-            for attr in attrs:
-                names = self.things[kind]
-                held |= {(kind, attr, n) for n in dice.some(names, max(1, len(names) // HELD_OUT_THINGS))}
-        for attr in ("chinese", "english"):
-            names = self.things["word"]
-            held |= {("word", attr, n) for n in dice.some(names, len(names) // HELD_OUT_THINGS)}
-        return held
-
-    def select(self, lang: str, kind: str, held: bool) -> list[Fact]:
-        """Facts of `kind` ("person", "derived", "thing" or "word") that `lang` speaks of, held out or not."""
-        return [
-            f
-            for f in self.facts.values()
-            if f.lang in ("", lang) and group(f) == kind and (f.key in self.held) == held
-        ]
-
-    def all_of(self, lang: str, kind: str) -> list[Fact]:
-        return self.select(lang, kind, False) + self.select(lang, kind, True)
+    def select(self, lang: str, kind: str) -> list[Fact]:
+        """Facts of `kind` ("person", "derived" or "thing") that `lang` speaks of."""
+        return [f for f in self.facts.values() if f.lang in ("", lang) and group(f) == kind]
 
     def held_numbers(self, a: int, b: int) -> bool:
-        """Whether the unordered pair of numbers is kept for the evaluation (two-digit pairs only)."""
+        """Whether the unordered pair of numbers is kept for the evaluation (never two single digits)."""
         low, high = min(a, b), max(a, b)
-        return low > 9 and high < 100 and _mix(low * 100 + high, self.seed) % HELD_OUT_SUMS == 0
+        return high > 9 and _mix(low * 100 + high, self.seed) % HELD_OUT_SUMS == 0
 
     def __iter__(self) -> Iterator[Fact]:
         return iter(self.facts.values())
@@ -178,7 +144,7 @@ class World:
 def group(fact: Fact) -> str:
     if fact.kind == "person":
         return "derived" if fact.attr in DERIVED else "person"
-    return "word" if fact.kind == "word" else "thing"
+    return "thing"
 
 
 def _mix(value: int, seed: int) -> int:
