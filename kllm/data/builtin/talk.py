@@ -13,15 +13,15 @@ from kllm.data.builtin.world import DERIVED, PERSON_ATTRS, Fact, World, group, w
 
 # How often a training question is of each category: the hard ones more often.
 MIX = (
-    ("person", 24),
+    ("person", 21),
     ("derived", 11),
-    ("thing", 18),
+    ("thing", 20),
     ("addition", 14),
-    ("comparison", 14),
+    ("comparison", 17),
     ("identity", 7),
     ("unknown", 5),
 )
-SHAPES = (("plain", 54), ("follow", 16), ("memory", 30))
+SHAPES = (("plain", 50), ("follow", 12), ("memory", 38))
 UNKNOWN_HELD = 4  # one made-up name in so many is kept for the evaluation
 MEMORY = {
     "en": {
