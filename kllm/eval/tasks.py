@@ -6,51 +6,23 @@ answers. `perplexity:FILE` reads any source of texts and gives loss, perplexity 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kllm.data.builtin import generate
 from kllm.engine import Engine, SamplingParams
 from kllm.errors import UserError
+from kllm.eval.names import check_task
 from kllm.eval.perplexity import run_perplexity
-from kllm.eval.scoring import exact, final_answer, normalise, tally
+from kllm.eval.scoring import exact, tally
 from kllm.tokenizer.chat import ChatEncoder
 
 if TYPE_CHECKING:
     from kllm.model.transformer import Transformer
     from kllm.tokenizer.tokenizer import Tokenizer
 
-__all__ = [
-    "TASKS",
-    "check_task",
-    "exact",
-    "final_answer",
-    "normalise",
-    "run_perplexity",
-    "run_task",
-    "run_world",
-]
-
-TASKS = {
-    "builtin:world": "held-out questions about the built-in world, exact answers",
-    "perplexity": "perplexity:FILE, loss and bits per byte of a text",
-}
 _SAMPLES = 20  # answers kept in the result
 _PROBES = 8  # questions that decide whether a model chats
-
-
-def check_task(name: str) -> None:
-    """Raises UserError if there is no such task; opens no file."""
-    kind, _, rest = name.partition(":")
-    if name == "builtin:world" or (kind == "perplexity" and rest):
-        return
-    if kind == "perplexity":
-        raise UserError("the task needs a file", where=name, hint="perplexity:FILE")
-    near = difflib.get_close_matches(name, [*TASKS, "world", "builtin"], n=1)
-    meant = {"world": "builtin:world", "builtin": "builtin:world", "perplexity": "perplexity:FILE"}
-    better = f"did you mean {meant.get(near[0], near[0])}? " if near else ""
-    raise UserError(f"unknown task {name!r}", hint=f"{better}known: builtin:world, perplexity:FILE")
 
 
 def run_task(
@@ -111,7 +83,7 @@ def run_world(
     """Greedy answers to the held-out questions, scored by `exact`.
 
     Questions come in turn from every category and language, so a `limit` keeps the balance. In text style
-    the conversation is written as in the pretraining text ("user: ...", "assistant: ...") and the answer
+    the conversation is written as in the pretraining text ("user:", the words, "assistant:") and the answer
     is the first line: so a model that was only pretrained can be measured with the same questions.
 
     Returns:

@@ -12,6 +12,7 @@ from kllm.config.stages import EvalStage, PretrainStage, SftStage
 from kllm.data import hub
 from kllm.data.sources import expand, is_builtin
 from kllm.errors import UserError, UserErrors
+from kllm.eval.names import check_task
 from kllm.model.presets import get_preset
 from kllm.observe.sinks import check_sinks
 from kllm.run.fingerprint import data_paths, templates
@@ -106,9 +107,7 @@ def _check_file(path: str) -> None:
 
 def _check_tasks(tasks: Iterable[str]) -> None:
     for task in tasks:
-        kind, _, rest = task.partition(":")
-        if task != "builtin:world" and not (kind == "perplexity" and rest):
-            raise UserError(f"unknown task {task!r}", hint="known: builtin:world, perplexity:FILE")
+        check_task(task)
 
 
 def _check_processes(recipe: Recipe, stage: TrainingStage) -> None:
