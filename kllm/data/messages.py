@@ -23,7 +23,7 @@ _THINK, _UNTHINK = "<think>\n", "\n</think>\n\n"
 Message = dict[str, Any]
 
 
-class BadRow(Exception):  # noqa: N818
+class BadRow(Exception):
     """A record that cannot be used; the text says why."""
 
 
