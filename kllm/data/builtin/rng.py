@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -59,13 +59,14 @@ class Dice:
         raise AssertionError("unreachable: the weights cover every point")
 
 
-class Deck:
+class Deck(Generic[T]):
     """Deals items for ever: every item once, in random order, before any item again."""
 
     def __init__(self, items: Sequence[T], dice: Dice) -> None:
-        self._items, self._dice, self._left = list(items), dice, []  # type: ignore[var-annotated]
+        self._items, self._dice = list(items), dice
+        self._left: list[T] = []
 
-    def deal(self) -> T:  # type: ignore[type-var]
+    def deal(self) -> T:
         if not self._left:
             self._left = self._dice.shuffled(self._items)
         return self._left.pop()

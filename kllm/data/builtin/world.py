@@ -98,7 +98,7 @@ class World:
     def _tell_people(self, lang: str, dice: Dice) -> None:
         male, female = people.MALE[lang], people.FEMALE[lang]
         half = PEOPLE_PER_LANGUAGE // 2
-        names = male[:half] + female[:half]
+        names = [*male[:half], *female[:half]]
         self.female.update({n: n in female for n in names})
         self.people[lang] = names
         pools = {
