@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kllm.config.load import Loaded
-from kllm.config.recipe import stage_kind
+from kllm.config.recipe import REFERENCE, stage_kind
+from kllm.config.stages import EvalStage
 from kllm.errors import EXIT_FAILURE, Interrupted, KllmError
 from kllm.files import io_errors
 from kllm.observe import plots, units
@@ -249,6 +250,9 @@ def next_command(ctx: StageContext) -> str:
             str(ctx.run_dir / "recipe.resolved.yaml"),
         ]
         return shlex.join(["kllm", *words, "--stage", following[0].name, "--out", str(ctx.run_dir)])
+    named = ctx.stage.model.path if isinstance(ctx.stage, EvalStage) else None
+    if named is not None and not named.startswith(REFERENCE):
+        return f"kllm chat {named}"  # this run measured a model that lives elsewhere
     return {
         "tokenizer": f"kllm pretrain --tokenizer {ctx.final_dir} --data texts.jsonl",
         "pretrain": f"kllm sft --model {ctx.stage_dir} --data chats.jsonl",

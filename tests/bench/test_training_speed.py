@@ -134,7 +134,7 @@ def conversation_lengths(kit: Path) -> list[tuple[list[int], list[bool]]]:
 def test_sft_useful_tokens_against_padding_to_768(data_kit: Path) -> None:
     """Packed rows against batches of 16 conversations padded to 768, as MiniMind does."""
     rows = conversation_lengths(data_kit)
-    order = np.random.default_rng(0).permutation(len(rows))[:64]
+    order = np.random.default_rng(0).permutation(len(rows))[:32]
     picked = [rows[i] for i in order]
     pieces = []
     for ids, mask in picked:
@@ -144,7 +144,7 @@ def test_sft_useful_tokens_against_padding_to_768(data_kit: Path) -> None:
     model = Transformer(shape)
     model.init_weights(0)
     ours, padded = [], []
-    for start in range(0, 64, 16):
+    for start in range(0, 32, 16):
         ours.append(Batch.from_pieces(pieces[start : start + 16]))
         inputs = torch.zeros(16, 768, dtype=torch.long)
         labels = torch.full((16, 768), -100)

@@ -1,0 +1,90 @@
+"""The README's commands, read from it: run with small sizes, or at least understood."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from support import kllm
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = sorted(
+    {line.strip() for block in BLOCKS for line in block.splitlines() if line.startswith("kllm ")}
+)
+
+
+def test_there_are_commands_and_both_set_ups() -> None:
+    assert len(COMMANDS) >= 5
+    for marker in ("run", "test"):
+        assert re.search(rf"<!-- newcomer:{marker} -->\n```bash\npip install .*\n```", README)
+
+
+def test_both_languages_give_the_same_set_up() -> None:
+    assert README.count("kllm run --recipe recipes/quickstart.yaml") == 2
+    assert README.count("python -m pytest -n auto") == 2
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lab = tmp_path_factory.mktemp("readme")
+    texts = [
+        f"the story number {i}: a fox met {i * 7} birds and they sang. 从前有{i}只鸟。" for i in range(400)
+    ]
+    (lab / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:200]))
+    with gzip.open(lab / "b.txt.gz", "wt", encoding="utf-8") as f:
+        f.write("\n".join(texts[200:]))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"how many birds in {i}?"},
+                {"role": "assistant", "content": f"{i * 7}"},
+            ]
+        }
+        for i in range(200)
+    ]
+    (lab / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return lab
+
+
+def test_own_data_from_file_to_answer(lab: Path) -> None:
+    """The block of the section on own data, in order, with a small model and few tokens."""
+    block = next(b for b in BLOCKS if "data inspect" in b)
+    small = {"6400": "600", "k-small": "k-tiny", "20M": "8k"}
+    for line in block.splitlines():
+        words = [small.get(word, word) for word in shlex.split(line)[1:]]
+        if words[0] in ("pretrain", "sft"):
+            words += ["--seq-len", "128", "--batch-tokens", "1024", "-q"]
+        if words[0] == "sft":
+            words += ["--set", "train.steps=3"]
+            words = [w for i, w in enumerate(words) if w != "--epochs" and words[i - 1] != "--epochs"]
+        if words[0] == "chat":
+            words += ["--prompt", "how many birds in 3?"]
+        kllm(*words, cwd=lab)
+    assert (lab / "runs" / "chat" / "01-sft" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if "chat" not in c.split()[1]], ids=lambda c: c[:40])
+def test_every_command_is_understood(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command = words[:2] if words[0] in ("tokenizer", "data", "recipe", "runs") else words[:1]
+    shown = kllm(*command, "--help", cwd=Path.cwd()).stdout
+    for flag in (w for w in words if w.startswith("--")):
+        assert flag in shown, f"{flag} of {line}"
+
+
+def test_the_recipe_of_the_readme_is_sound(tmp_path: Path) -> None:
+    recipe = re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    assert recipe is not None
+    (tmp_path / "mine.yaml").write_text(recipe.group(1), encoding="utf-8")
+    kllm("recipe", "check", "mine.yaml", cwd=tmp_path)
+
+
+def test_help_of_the_table_exists() -> None:
+    for name in ("run", "pretrain", "sft", "eval", "chat", "info"):
+        assert f"`kllm {name}" in README
+        assert "Usage" in kllm(name, "--help", cwd=Path.cwd()).stdout
