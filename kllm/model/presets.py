@@ -6,7 +6,6 @@ Counts: seed catalogue 1.5 (MiniMind2, MiniMind-3); layouts that every engine ru
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -266,8 +265,3 @@ def _dense_type(shape: ModelShape) -> str:
             hint="transformers 5 refuses such a Llama config",
         )
     return "llama"
-
-
-def round_up(value: float, multiple: int) -> int:
-    """`value` rounded up to a multiple (feed-forward widths)."""
-    return multiple * math.ceil(value / multiple)

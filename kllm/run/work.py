@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ def do_work(ctx: StageContext) -> dict[str, Any]:
 
 
 def _tokenizer_stage(ctx: StageContext, stage: TokenizerStage) -> dict[str, Any]:
+    from kllm.data.texts import mixed_texts
     from kllm.tokenizer.train import train_tokenizer
 
     template = Path(stage.chat_template).read_text(encoding="utf-8") if stage.chat_template else None
     began = time.monotonic()
     tokenizer, report = train_tokenizer(
-        _texts(stage),
+        mixed_texts(stage.data),
         stage.vocab_size,
         max_bytes=stage.max_bytes,
         min_frequency=stage.min_frequency,
@@ -46,21 +46,6 @@ def _tokenizer_stage(ctx: StageContext, stage: TokenizerStage) -> dict[str, Any]
     tokenizer.save(ctx.final_dir)
     facts = {"vocab_size": tokenizer.vocab_size, "train_seconds": time.monotonic() - began}
     return {"result": {**vars(report), **facts}, **facts}
-
-
-def _texts(stage: TokenizerStage) -> Iterator[str]:
-    """Every text of every record, whatever its dialect: a tokenizer learns from all words.
-
-    Each source gets its weight's share of `max_bytes`, so that the last one is read too.
-    """
-    from kllm.data.sources import iter_records
-    from kllm.data.texts import all_texts
-
-    weights = sum(source.weight for source in stage.data)
-    for source in stage.data:
-        share = max(1, int(stage.max_bytes * source.weight / weights))
-        for _, record in iter_records(source.path, max_bytes=share):
-            yield from all_texts(record)
 
 
 def _eval_stage(ctx: StageContext, stage: EvalStage) -> dict[str, Any]:
