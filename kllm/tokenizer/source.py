@@ -166,22 +166,33 @@ def _gpt2_spec(directory: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError("cannot be read", where=str(directory / "merges.txt")) from e
     merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
-        {"id": index, "content": token, **flags, "special": True}
+        (index, token, True)
         for token, index in sorted(vocab.items(), key=lambda item: item[1])
         if token.startswith("<|") and token.endswith("|>")
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return bpe_spec(vocab, merges, added, level, level)
+
+
+def bpe_spec(
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    added: list[tuple[int, str, bool]],
+    pre_tokenizer: dict[str, Any],
+    decoder: dict[str, Any],
+) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE; `added` holds (id, token, special)."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": [{"id": i, "content": t, **flags, "special": special} for i, t, special in added],
         "normalizer": None,
-        "pre_tokenizer": level,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
-        "decoder": level,
+        "decoder": decoder,
         "model": {
             "type": "BPE",
             "dropout": None,

@@ -19,7 +19,7 @@ import numpy as np
 from kllm.errors import UserError
 from kllm.tokenizer.bpe import learn_merges
 from kllm.tokenizer.pieces import byte_alphabet
-from kllm.tokenizer.source import Source, template_text
+from kllm.tokenizer.source import Source, bpe_spec, template_text
 from kllm.tokenizer.template import DEFAULT_TEMPLATE, compile_template
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.tokenizer.words import PATTERN, WordCounter
@@ -219,31 +219,12 @@ def _spec(added: list[str], merges: list[tuple[int, int, int]]) -> dict[str, Any
         if made == len(symbols):
             symbols.append(symbols[first] + symbols[second])
     vocab = {token: index for index, token in enumerate(dict.fromkeys([*added, *symbols]))}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": index, "content": token, **plain, "special": token in SPECIAL_TOKENS}
-            for index, token in enumerate(added)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "post_processor": None,
-        "decoder": {**level, "add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": pairs,
-        },
-    }
+    return bpe_spec(
+        vocab,
+        pairs,
+        [(index, token, token in SPECIAL_TOKENS) for index, token in enumerate(added)],
+        {"type": "Sequence", "pretokenizers": [split, level]},
+        {**level, "add_prefix_space": True, "use_regex": True},
+    )
