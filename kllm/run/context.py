@@ -63,10 +63,6 @@ class StageContext:
         return self.stage_dir / "final"
 
     @property
-    def checkpoints_dir(self) -> Path:
-        return self.stage_dir / "checkpoints"
-
-    @property
     def metrics_path(self) -> Path:
         return self.stage_dir / "metrics.jsonl"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from kllm.data.builtin import lexicon as lex
 from kllm.data.builtin.rng import Dice
 from kllm.data.builtin.sums import draw
 from kllm.data.builtin.talk import UNKNOWN, Talk, messages, talks
-from kllm.data.builtin.world import Fact, World, word
+from kllm.data.builtin.world import Fact, World
 
 PREFERENCES = 4000
 PROMPTS = 4000
@@ -59,7 +60,7 @@ def preference(world: World) -> Iterator[dict[str, Any]]:
 def _pair(talk: Talk, dice: Dice) -> tuple[str, str, str]:
     kind = dice.weighted((("value", 5), ("invented", 2), ("refusal", 2), ("sum", 3)))
     if kind == "sum":
-        problem = draw(dice, dice.pick(("+", "-")), talk.world)
+        problem = draw(dice, dice.pick(("+", "-")), talk.world, most=99)
         wrong = problem.work(talk.lang).rpartition("=")[0] + "="
         off = problem.result + dice.pick((1, 2, 10)) * (1 if problem.result < 10 or dice.chance(0.5) else -1)
         stop = "。" if talk.lang == "zh" else "."
@@ -67,8 +68,7 @@ def _pair(talk: Talk, dice: Dice) -> tuple[str, str, str]:
     if kind == "invented":
         name, fact = talk.made_up(), talk.facts["person"].deal()
         invented = Fact(fact.kind, fact.attr, name, fact.value, fact.lang)
-        bad = talk.voice.short(talk.voice.value(fact))
-        return talk.voice.ask(invented, dice), UNKNOWN[talk.lang], bad
+        return talk.voice.ask(invented, dice), UNKNOWN[talk.lang], talk.voice.tell(invented)
     fact = talk.facts["person"].deal()
     good = talk.ask(fact)
     if kind == "refusal":
@@ -80,7 +80,7 @@ def _pair(talk: Talk, dice: Dice) -> tuple[str, str, str]:
             if f.attr == fact.attr and f.value != fact.value
         }
     )
-    bad = talk.voice.short(word(dice.pick(values), talk.lang))
+    bad = talk.voice.tell(replace(fact, value=dice.pick(values)))
     return good.question, good.answer, bad
 
 
@@ -91,7 +91,7 @@ def rl(world: World) -> Iterator[dict[str, Any]]:
     for i in range(PROMPTS):
         speaker = talk[lex.LANGS[i % 2]]
         if dice.chance(0.75):
-            problem = draw(dice, dice.pick(("+", "-")), world)
+            problem = draw(dice, dice.pick(("+", "-")), world, most=99)
             question, answer = problem.ask(speaker.lang, dice), str(problem.result)
         else:
             turn = speaker.turn(dice.pick(("person", "derived", "thing", "unknown")))

@@ -80,7 +80,7 @@ person.month
 ? Which month is {p} birthday in?
 """
 
-# Derived facts are never stated in one step: the answer joins two facts.
+# Derived facts are never stated in one step: the answer chains the facts that lead to it.
 DERIVED = """
 person.country
 ? Which country does {n} live in?
@@ -88,17 +88,47 @@ person.country
 ? What is the country where {n} lives?
 ? Tell me the country {n} lives in.
 
+person.continent
+? Which continent does {n} live on?
+? On what continent is {p} home?
+? Tell me the continent {n} lives on.
+
+person.language
+? Which language do people speak where {n} lives?
+? What language is spoken around {p} home?
+? Tell me the language spoken where {n} lives.
+
 person.workplace
 ? Where does {n} work?
 ? In what place does {n} work?
 ? Where is {p} job done?
 ? Tell me where {n} works.
 
+person.tool
+? What does {n} use at work?
+? What tool does {n} need for work?
+? Tell me what {n} uses at work.
+
+person.petclass
+? What class of animals does {p} pet belong to?
+? Is {p} pet a mammal or a bird?
+? Tell me the class of {p} pet.
+
 person.petfood
 ? What does {p} pet eat?
 ? What food does {p} pet need?
 ? What should I feed to {p} pet?
 ? Tell me what {p} pet eats.
+
+person.petlegs
+? How many legs does {p} pet have?
+? On how many legs does {p} pet walk?
+? Tell me how many legs {p} pet has.
+
+person.taste
+? How does {p} favourite food taste?
+? What is the taste of {p} favourite food?
+? Tell me the taste of {p} favourite food.
 """
 
 THING = """
@@ -221,6 +251,9 @@ self.name
 ? Do you have a name?
 ? Tell me your name.
 ? What are you called?
+? Please tell me your name.
+? May I ask your name?
+? Say your name.
 ! May I know your name?
 ! Please say your name.
 
@@ -232,6 +265,9 @@ self.kind
 ? What kind of thing are you?
 ? Are you a robot?
 ? What kind of model are you?
+? Are you a computer program?
+? Tell me what kind of thing you are.
+? Are you human?
 ! Are you a machine?
 ! Tell me what you are.
 
@@ -242,6 +278,9 @@ self.maker
 ? Who created you?
 ? Who is your maker?
 ? Tell me who made you.
+? Who built you?
+? Tell me who created you.
+? Who has trained you?
 ? Where do you come from?
 ! Who built you, and who trained you?
 ! Tell me who trained you.
@@ -253,6 +292,9 @@ self.language
 ? Can you speak Chinese?
 ? Do you understand English?
 ? Tell me your languages.
+? Do you speak English?
+? Which languages can you speak?
+? Do you know Chinese?
 ! Which languages do you know?
 ! Do you speak Chinese?
 
@@ -263,6 +305,9 @@ self.skill
 ? What are you good at?
 ? What are you able to do?
 ? Tell me what you can do.
+? What can I ask you?
+? What can you help with?
+? Can you help me?
 ! What can you help me with?
 ! What are you able to help me with?
 
@@ -273,6 +318,9 @@ self.home
 ? Where do you live?
 ? Do you run in the cloud?
 ? Tell me where you run.
+? On which machine do you run?
+? Where are you now?
+? Which computer do you run on?
 ! Where do you run now?
 ! On which computer do you run?
 
@@ -282,6 +330,9 @@ self.thanks
 ? Thanks a lot!
 ? Thanks for your help.
 ? Great, thank you.
+? Thank you very much!
+? Great, thanks.
+? Thanks, that was a great help.
 ! Thank you a lot!
 ! Thanks, great help.
 
@@ -291,6 +342,9 @@ self.bye
 ? Goodbye!
 ? See you later.
 ? See you tomorrow.
+? Bye, bye.
+? Goodbye, see you later.
+? Bye, see you soon.
 ! Bye, see you later.
 ! Goodbye, see you tomorrow.
 """

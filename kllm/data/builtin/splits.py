@@ -18,12 +18,12 @@ CHATS = 20000
 PER_CATEGORY = 40  # evaluation questions a category and language
 SHAPES = (
     ("profile", 12),
-    ("card", 18),
-    ("facts", 12),
-    ("things", 8),
-    ("chat", 38),
-    ("sums", 10),
-    ("echo", 10),
+    ("card", 12),
+    ("facts", 8),
+    ("things", 12),
+    ("chat", 40),
+    ("sums", 8),
+    ("echo", 8),
 )
 
 
@@ -79,7 +79,7 @@ class Writer:
         return transcript(self.talk.conversation())
 
     def sums(self) -> str:
-        kinds = ("addition", "comparison")
+        kinds = ("addition", "subtraction", "comparison")
         return transcript([self.talk.turn(self.dice.pick(kinds)) for _ in range(3)])
 
     def echo(self) -> str:
@@ -114,7 +114,7 @@ def sft(world: World) -> Iterator[dict[str, Any]]:
 def eval_(world: World) -> Iterator[dict[str, Any]]:
     dice = Dice(f"kllm-world/{world.seed}/eval")
     talk = talks(world, dice, held=True)
-    categories = [name for name, _ in MIX] + ["follow-up", "memory"]
+    categories = [name for name, _ in MIX if name != "about"] + ["follow-up", "memory"]
     seen: set[str] = set()
     for _ in range(PER_CATEGORY):
         for category in categories:
@@ -145,7 +145,7 @@ def _held_out(talk: Talk, category: str) -> list[Turn]:
 
 def _final(turn: Turn) -> str:
     """A sum is judged by its result, everything else by the whole sentence."""
-    if turn.category in ("addition", "subtraction"):
+    if turn.category in ("addition", "subtraction", "comparison"):
         return turn.answer.rstrip(".。").rpartition("=")[2]
     return turn.answer
 

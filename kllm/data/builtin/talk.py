@@ -13,15 +13,17 @@ from kllm.data.builtin.world import DERIVED, PERSON_ATTRS, Fact, World, group, w
 
 # How often a training question is of each category: the hard ones more often.
 MIX = (
-    ("person", 21),
-    ("derived", 11),
-    ("thing", 20),
-    ("addition", 14),
-    ("comparison", 17),
-    ("identity", 7),
-    ("unknown", 5),
+    ("person", 11),
+    ("derived", 14),
+    ("thing", 16),
+    ("addition", 11),
+    ("subtraction", 12),
+    ("comparison", 13),
+    ("identity", 8),
+    ("unknown", 6),
+    ("about", 9),
 )
-SHAPES = (("plain", 50), ("follow", 12), ("memory", 38))
+SHAPES = (("plain", 52), ("follow", 16), ("memory", 32))
 UNKNOWN_HELD = 4  # one made-up name in so many is kept for the evaluation
 MEMORY = {
     "en": {
@@ -41,18 +43,18 @@ MEMORY = {
 }
 RECALL = {
     "en": {
-        "name": (("What is my name?", "Who am I?", "Do you remember my name?"), "It is {v}."),
-        "city": (("Where do I live?", "Where is my home?"), "It is {v}."),
-        "colour": (("What colour do I like?", "What is my favourite colour?"), "It is {v}."),
-        "pet": (("What pet do I have?", "What is my pet?"), "It is {v}."),
-        "job": (("What is my job?", "What do I do for a living?"), "It is {v}."),
+        "name": (("What is my name?", "Who am I?", "Do you remember my name?"), "Your name is {v}."),
+        "city": (("Where do I live?", "Where is my home?"), "Your home is in {v}."),
+        "colour": (("What colour do I like?", "What is my favourite colour?"), "Your colour is {v}."),
+        "pet": (("What pet do I have?", "What is my pet?"), "Your pet is {a} {v}."),
+        "job": (("What is my job?", "What do I do for a living?"), "Your job is {v}."),
     },
     "zh": {
-        "name": (("我叫什么名字？", "我是谁？", "你还记得我的名字吗？"), "{v}。"),
-        "city": (("我住在哪里？", "我的家在哪里？"), "{v}。"),
-        "colour": (("我喜欢什么颜色？", "我最爱的颜色是什么？"), "{v}。"),
-        "pet": (("我养了什么宠物？", "我的宠物是什么？"), "{v}。"),
-        "job": (("我的工作是什么？", "我的职业是什么？"), "{v}。"),
+        "name": (("我叫什么名字？", "我是谁？", "你还记得我的名字吗？"), "你叫{v}。"),
+        "city": (("我住在哪里？", "我的家在哪里？"), "你住在{v}。"),
+        "colour": (("我喜欢什么颜色？", "我最爱的颜色是什么？"), "你喜欢{v}。"),
+        "pet": (("我养了什么宠物？", "我的宠物是什么？"), "你养了{v}。"),
+        "job": (("我的工作是什么？", "我的职业是什么？"), "你的工作是{v}。"),
     },
 }
 NOTED = {
@@ -60,6 +62,10 @@ NOTED = {
     "zh": {"name": "你好，{v}！", "": "好。"},
 }
 UNKNOWN = {"en": "I don't know.", "zh": "我不知道。"}
+ABOUT = {
+    "en": ("Tell me about {n}.", "What do you know about {n}?", "Say something about {n}."),
+    "zh": ("介绍一下{n}。", "说说{n}。", "关于{n}，你知道什么？"),
+}
 AND = {
     "en": ("And {n}?", "What about {n}?", "And what about {n}?"),
     "zh": ("{n}呢？", "那{n}呢？", "那么{n}呢？"),
@@ -80,8 +86,16 @@ class Talk:
         self.voice, self.world, self.dice, self.held = voice, voice.world, dice, held
         self.lang = voice.lang
         self.facts = {
-            kind: Deck(self.world.select(self.lang, kind), dice) for kind in ("person", "derived", "thing")
+            kind: Deck(self.world.asked(self.lang, kind, held), dice)
+            for kind in ("person", "derived", "thing")
         }
+        self.by_subject: dict[tuple[str, str], list[Fact]] = {}
+        for fact in (*self.world.select(self.lang, "person"), *self.world.select(self.lang, "thing")):
+            self.by_subject.setdefault((fact.kind, fact.subject), []).append(fact)
+        self.subjects = Deck([key for key in self.by_subject if key[0] == "person"], dice)
+        self.things = Deck(
+            [key for key, facts in self.by_subject.items() if len(facts) > 1 and key[0] != "person"], dice
+        )
         self.identity = Deck(
             [(topic, q) for topic, lines in voice.identity.items() for q in lines["!" if held else "?"]], dice
         )
@@ -94,17 +108,26 @@ class Talk:
             return Turn(question, self.voice.identity[topic][">"][0], category)
         if category == "unknown":
             return self.unknown()
+        if category == "about":
+            return self.about()
         op = next(op for op, name in CATEGORY.items() if name == category)
         problem = draw(self.dice, op, self.world, self.held)
         answer = problem.work(self.lang)
         question = problem.ask(self.lang, self.dice)
         return Turn(self.voice.greet(question, self.dice, 0.1), answer, category)
 
-    def ask(self, fact: Fact, pronoun: bool = False, ask_held: bool = True) -> Turn:
-        question = self.voice.ask(fact, self.dice, pronoun, self.held and ask_held)
+    def ask(self, fact: Fact, pronoun: bool = False) -> Turn:
+        question = self.voice.ask(fact, self.dice, pronoun)
         if not pronoun:
             question = self.voice.greet(question, self.dice)
         return Turn(question, self.voice.answer(fact), group(fact))
+
+    def about(self) -> Turn:
+        """All there is to tell about a person or a thing, also what only the evaluation asks for."""
+        subject = self.subjects.deal() if self.dice.chance(0.6) else self.things.deal()
+        facts = [f for f in self.by_subject[subject] if group(f) != "derived"]
+        question = self.dice.pick(ABOUT[self.lang]).format(n=self.voice.subject(facts[0]))
+        return Turn(question, self.voice.space.join(self.voice.tell(f) for f in facts), "about")
 
     def made_up(self) -> str:
         """A name that nobody in the world has; some are kept for the evaluation."""
@@ -142,32 +165,19 @@ class Talk:
 
     def follow_up(self) -> list[Turn]:
         """A question about somebody, then one that only makes sense after it."""
-        fact = self.facts["person"].deal()
-        if self.dice.chance(0.6):
-            other = self._other_attr(fact)
-            opener = self._asked_attr(fact, other)
-            follow = self.ask(other, pronoun=True)
-            return [self.ask(opener, ask_held=False), Turn(follow.question, follow.answer, "follow-up")]
-        while True:  # who comes after whom is what the evaluation keeps for itself
-            opener = self._same_attr(fact)
-            if (Dice(f"{opener.subject}/{fact.subject}/{fact.attr}").below(4) == 0) == self.held:
-                break
-        question = self.dice.pick(AND[self.lang]).format(n=fact.subject)
-        return [self.ask(opener, ask_held=False), Turn(question, self.voice.answer(fact), "follow-up")]
+        fact = self.facts[self.dice.pick(("person", "person", "derived"))].deal()
+        if self.dice.chance(0.6):  # another attribute of the same person
+            opener = self._opener([("person", a, fact.subject) for a in PERSON_ATTRS if a != fact.attr])
+            question = self.voice.ask(fact, self.dice, pronoun=True)
+        else:  # the same attribute of somebody else
+            people = self.world.people[self.lang]
+            opener = self._opener([("person", fact.attr, n) for n in people if n != fact.subject])
+            question = self.dice.pick(AND[self.lang]).format(n=fact.subject)
+        return [self.ask(opener), Turn(question, self.voice.answer(fact), "follow-up")]
 
-    def _other_attr(self, fact: Fact) -> Fact:
-        attrs = [attr for attr in (*PERSON_ATTRS, *DERIVED) if attr != fact.attr]
-        return self.world.facts[("person", self.dice.pick(attrs), fact.subject)]
-
-    def _asked_attr(self, fact: Fact, other: Fact) -> Fact:
-        """Another fact about the same person."""
-        attrs = [attr for attr in PERSON_ATTRS if attr != other.attr]
-        return self.world.facts[("person", self.dice.pick(attrs), fact.subject)]
-
-    def _same_attr(self, fact: Fact) -> Fact:
-        """The same attribute of somebody else."""
-        people = [n for n in self.world.people[self.lang] if n != fact.subject]
-        return self.world.facts[("person", fact.attr, self.dice.pick(people))]
+    def _opener(self, keys: list[tuple[str, str, str]]) -> Fact:
+        """One of the facts, none that only the evaluation asks for."""
+        return self.world.facts[self.dice.pick([key for key in keys if key not in self.world.held])]
 
     def memory(self) -> list[Turn]:
         """The user says something about himself and asks for it later."""

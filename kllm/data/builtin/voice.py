@@ -29,6 +29,7 @@ class Voice:
     def __init__(self, lang: str, world: World) -> None:
         module = MODULES[lang]
         self.lang, self.world = lang, world
+        self.space = " " if lang == "en" else ""  # between sentences
         self.phrases = parse(module.PERSON, module.DERIVED, module.THING)
         self.identity = parse(module.IDENTITY)
         self.card_words: dict[str, str] = module.CARD
@@ -61,22 +62,17 @@ class Voice:
             ways = [way for way in ways if " of {n}" not in way]
         return self.fill(dice.pick(ways), fact, pronoun)
 
-    def ask(self, fact: Fact, dice: Dice, pronoun: bool = False, held: bool = False) -> str:
-        """A question for the fact: in the one phrasing that is kept for the evaluation, or in any other."""
-        ways = self.phrases[f"{fact.kind}.{fact.attr}"]["?"]
-        kept = Dice(f"{self.lang}/{'/'.join(fact.key)}").below(len(ways))
-        way = ways[kept] if held else dice.pick([w for i, w in enumerate(ways) if i != kept])
-        return self.fill(way, fact, pronoun)
+    def ask(self, fact: Fact, dice: Dice, pronoun: bool = False) -> str:
+        """A question for the fact, in any phrasing."""
+        return self.fill(dice.pick(self.phrases[f"{fact.kind}.{fact.attr}"]["?"]), fact, pronoun)
+
+    def tell(self, fact: Fact) -> str:
+        """The sentence in which an answer states a base fact."""
+        return self.fill(self.phrases[f"{fact.kind}.{fact.attr}"][">"][0], fact)
 
     def answer(self, fact: Fact) -> str:
-        """The canonical answer: the value; for a derived fact the two values it joins."""
-        return self.short(*(self.value(f) for f in self.world.steps(*fact.key)))
-
-    def short(self, *values: str) -> str:
-        """An answer that says no more than was asked."""
-        if self.lang == "zh":
-            return "，所以".join(values) + "。"
-        return "It is " + ", so it is ".join(values) + "."
+        """The canonical answer: the fact; for a derived one the facts that lead to it, one after another."""
+        return self.space.join(self.tell(step) for step in self.world.steps(*fact.key))
 
     def greet(self, question: str, dice: Dice, probability: float = 0.2) -> str:
         return dice.pick(self.greetings) + question if dice.chance(probability) else question

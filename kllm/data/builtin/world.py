@@ -1,12 +1,12 @@
 """The facts of the small world, and which questions are kept for the evaluation.
 
 A fact is (kind, attribute, subject) -> value. Base facts are told in the pretraining text. Derived
-facts join two base facts (Tom lives in Paris, Paris is in France) and are never stated in one step.
+facts chain base facts (Tom lives in Paris, Paris is in France) and are never stated in one step.
 
-Held out, so that no evaluation question occurs in any training split: of every fact one of its
-phrasings in each language (`Voice.ask`); every twelfth pair of numbers; combinations of what the user
-said about himself; who is asked for after whom; a quarter of the made-up names; two phrasings of each
-question about the model itself.
+Held out, so that no evaluation question occurs in any training split: one base fact in `HELD_OUT_BASE`
+and one derived fact in `HELD_OUT_DERIVED`, which nobody asks for in any words; every twelfth pair of
+numbers; combinations of what the user said about himself; a quarter of the made-up names; two phrasings
+of each question about the model itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,20 @@ from kllm.data.builtin import lexicon as lex
 from kllm.data.builtin import names as people
 from kllm.data.builtin.rng import Deck, Dice
 
-PEOPLE_PER_LANGUAGE = 60
+PEOPLE_PER_LANGUAGE = 100
 PERSON_ATTRS = ("city", "job", "pet", "colour", "food", "month")
-# derived attribute -> (the person's attribute, the attribute of its value)
-DERIVED = {"country": ("city", "country"), "workplace": ("job", "place"), "petfood": ("pet", "diet")}
+# derived attribute -> the attributes that lead to it: one of the person's, then of each value in turn
+DERIVED = {
+    "country": ("city", "country"),
+    "continent": ("city", "country", "continent"),
+    "language": ("city", "country", "language"),
+    "workplace": ("job", "place"),
+    "tool": ("job", "tool"),
+    "petclass": ("pet", "class"),
+    "petfood": ("pet", "diet"),
+    "petlegs": ("pet", "legs"),
+    "taste": ("food", "taste"),
+}
 THING_ATTRS = {
     "animal": ("class", "legs", "home", "diet", "cover"),
     "job": ("place", "tool"),
@@ -30,7 +40,9 @@ THING_ATTRS = {
     "city": ("country",),
     "country": ("continent", "capital", "language"),
 }
-VALUE_KIND = {"city": "city", "job": "job", "pet": "animal"}
+VALUE_KIND = {"city": "city", "country": "country", "job": "job", "pet": "animal", "food": "food"}
+HELD_OUT_BASE = 10  # one base fact in so many is told but never asked for outside the evaluation
+HELD_OUT_DERIVED = 4  # one derived fact in so many is never asked for outside the evaluation
 HELD_OUT_SUMS = 12  # one pair of numbers in so many is kept for the evaluation
 
 
@@ -73,6 +85,7 @@ class World:
         for lang in lex.LANGS:
             self._tell_people(lang, dice)
         self._derive()
+        self.held = {fact.key for fact in self if self._hold(fact)}
 
     def _add(self, kind: str, attr: str, subject: str, value: str, lang: str = "") -> None:
         fact = Fact(kind, attr, subject, value, lang)
@@ -118,19 +131,30 @@ class World:
         for lang in lex.LANGS:
             for name in self.people[lang]:
                 for attr in DERIVED:
-                    self._add("person", attr, name, self.steps("person", attr, name)[1].value, lang)
+                    self._add("person", attr, name, self.steps("person", attr, name)[-1].value, lang)
 
     def steps(self, kind: str, attr: str, subject: str) -> list[Fact]:
-        """The base facts that answer the question: one, or the two that a derived fact joins."""
-        if kind == "person" and attr in DERIVED:
-            first, second = DERIVED[attr]
-            base = self.facts[("person", first, subject)]
-            return [base, self.facts[(VALUE_KIND[first], second, base.value)]]
-        return [self.facts[(kind, attr, subject)]]
+        """The base facts that answer the question: one, or the chain that a derived fact joins."""
+        if kind != "person" or attr not in DERIVED:
+            return [self.facts[(kind, attr, subject)]]
+        chain = []
+        for name in DERIVED[attr]:
+            chain.append(self.facts[(kind, name, subject)])
+            kind, subject = VALUE_KIND.get(name, ""), chain[-1].value
+        return chain
+
+    def _hold(self, fact: Fact) -> bool:
+        """Whether the fact is asked for in the evaluation only."""
+        one_in = HELD_OUT_DERIVED if group(fact) == "derived" else HELD_OUT_BASE
+        return Dice(f"kllm-world/{self.seed}/held/{'/'.join(fact.key)}").below(one_in) == 0
 
     def select(self, lang: str, kind: str) -> list[Fact]:
         """Facts of `kind` ("person", "derived" or "thing") that `lang` speaks of."""
         return [f for f in self.facts.values() if f.lang in ("", lang) and group(f) == kind]
+
+    def asked(self, lang: str, kind: str, held: bool) -> list[Fact]:
+        """Those that the evaluation keeps for itself, or the others."""
+        return [f for f in self.select(lang, kind) if (f.key in self.held) == held]
 
     def held_numbers(self, a: int, b: int) -> bool:
         """Whether the unordered pair of numbers is kept for the evaluation (never two single digits)."""
