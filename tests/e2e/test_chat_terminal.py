@@ -83,7 +83,7 @@ class Terminal:
         """
         status = Path(f"/proc/{self.process.pid}/stat")
         asleep = 0
-        while asleep < 4:
+        while asleep < 12:
             time.sleep(0.05)
             waits = not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "S"
             asleep = asleep + 1 if waits else 0
