@@ -5,8 +5,9 @@ facts chain base facts (Tom lives in Paris, Paris is in France) and are never st
 
 Held out, so that no evaluation question occurs in any training split: one base fact in `HELD_OUT_BASE`
 and one derived fact in `HELD_OUT_DERIVED`, which no question asks for in any words (base facts are told
-in texts, in answers to "Tell me about Tom." and on the way to derived ones); every twelfth pair of numbers; combinations of what the user said about himself; a quarter of the made-up names; two phrasings of each
-question about the model itself.
+in texts, in answers to "Tell me about Tom." and on the way to derived ones); every twelfth pair of
+numbers; combinations of what the user said about himself; a quarter of the made-up names; two phrasings
+of each question about the model itself.
 """
 
 from __future__ import annotations
