@@ -42,7 +42,7 @@ def zstd(data: bytes) -> bytes:
         ("a.json", b"\xef\xbb\xbf" + json.dumps(ROWS, ensure_ascii=False).encode()),
         ("a.json", LINES),
         ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS).encode()),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES)),
         ("a.json.xz", lzma.compress(json.dumps(ROWS).encode())),
     ],
@@ -165,7 +165,7 @@ def test_directories_and_globs(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl.gz", ".hidden.jsonl", "notes.pdf", "README.md"):
         data = LINES[: LINES.index(b"\n") + 1].replace(b"one", name.encode())
-        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
     assert [row["text"] for row in values(tmp_path)] == ["a.jsonl", "b.jsonl", "sub/c.jsonl.gz"]
     assert [row["text"] for row in values(f"{tmp_path}/*.jsonl")] == ["a.jsonl", "b.jsonl"]
     assert len(expand(f"{tmp_path}/**/*.gz")) == 1
