@@ -39,6 +39,7 @@ class Terminal:
 
         def own_terminal():
             os.setsid()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit that it is ignored
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
@@ -83,7 +84,7 @@ class Terminal:
         """
         status = Path(f"/proc/{self.process.pid}/stat")
         asleep = 0
-        while asleep < 12:
+        while asleep < 4:
             time.sleep(0.05)
             waits = not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "S"
             asleep = asleep + 1 if waits else 0

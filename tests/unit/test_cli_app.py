@@ -47,6 +47,7 @@ def test_help_imports_nothing_heavy(arguments):
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"]])
 def test_help_is_instant(arguments):
     """Below 0.3 s of processor time (the best of some tries: other processes may be busy)."""
