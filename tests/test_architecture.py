@@ -29,7 +29,7 @@ LEVELS = [
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 
 CONFINED = {
-    "transformers": (),
+    "transformers": ("export/verify.py",),
     "lm_eval": ("eval/harness.py",),
     "gguf": ("export/gguf.py",),
     "fastapi": ("serve/",),

@@ -30,6 +30,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("sft", "stages:build_sft", WORK, "Fine-tune a model on conversations."),
     ("eval", "stages:build_eval", WORK, "Measure a model."),
     ("chat", "talk:build_chat", WORK, "Talk to a model."),
+    ("convert", "convert:build_convert", WORK, "Write a model as a Hugging Face folder, changed as asked."),
     ("data inspect", "look:build_data_inspect", LOOK, "Show a data file as training will see it."),
     ("info", "look:build_info", LOOK, "Parameters, memory and FLOPs of a preset or model."),
     ("recipe ls", "recipes:build_ls", RUNS, "List the shipped recipes."),

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kllm.errors import KllmError, UserError
 from kllm.export.config import config_to_shape, generation_config, shape_to_config
+from kllm.export.shards import save_tensors
 from kllm.files import new_directory, write_json
 from kllm.model.presets import ModelShape, hf_model_type
 from kllm.model.transformer import Transformer
@@ -137,6 +137,7 @@ def save_model(
     *,
     dtype: str = "float32",
     files: dict[str, str] | None = None,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Writes a directory that transformers and vLLM load with no custom code; whole or not at all.
 
@@ -146,15 +147,21 @@ def save_model(
         directory: replaced if it exists.
         dtype: of the file, float32, bfloat16 or float16.
         files: further text files by name (README.md).
+        max_shard_bytes: weights above this size are split into several files with an index.
     """
     with new_directory(directory) as aside:
-        write_model_files(model, tokenizer, aside, dtype=dtype)
+        write_model_files(model, tokenizer, aside, dtype=dtype, max_shard_bytes=max_shard_bytes)
         for name, text in (files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
 
 
 def write_model_files(
-    model: Transformer, tokenizer: Tokenizer | None, directory: Path, *, dtype: str = "float32"
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int | None = None,
 ) -> None:
     """`save_model` into a directory that somebody else makes atomic (a checkpoint)."""
     shape = model.shape
@@ -162,7 +169,7 @@ def write_model_files(
         name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
         for name, tensor in state_to_hf(model.state_dict(), shape).items()
     }
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, directory, max_shard_bytes)
     stops = list(tokenizer.stop_token_ids) if tokenizer else [2, 0]
     pad = tokenizer.pad_token_id if tokenizer else 0
     bos = tokenizer.bos_token_id if tokenizer else None
