@@ -189,7 +189,7 @@ def open_session(
     Raises:
         UserError: no model there, or one without a tokenizer.
     """
-    from kllm.export.hf import load_model
+    from kllm.export.load import load_model
     from kllm.train.device import pick_device
 
     model, tokenizer = load_model(model_path, pick_device(device))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kllm.errors import KllmError
-from kllm.export.hf import load_model
+from kllm.export.load import load_model
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from kllm.config.parts import ModelSection
 from kllm.config.stages import PretrainStage
 from kllm.data.shards import Prepared, prepare
 from kllm.errors import UserError
-from kllm.export.hf import load_model
+from kllm.export.load import load_model
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 from kllm.observe.reporting import Reporter

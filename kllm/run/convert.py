@@ -10,7 +10,8 @@ from typing import Any
 
 from kllm.errors import UserError
 from kllm.export import hub
-from kllm.export.hf import load_model, save_model
+from kllm.export.hf import save_model
+from kllm.export.load import load_model
 from kllm.export.resolve import resolve
 from kllm.files import write_text
 from kllm.model.transformer import Transformer

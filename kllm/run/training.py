@@ -10,7 +10,8 @@ import numpy as np
 from kllm.config.stages import PretrainStage, SftStage
 from kllm.data.loader import PackedSource, val_batches
 from kllm.errors import Interrupted
-from kllm.export.hf import load_model, save_model
+from kllm.export.hf import save_model
+from kllm.export.load import load_model
 from kllm.model.presets import count_parameters, flops_per_token
 from kllm.objectives.lm import LanguageModeling
 from kllm.observe.metrics import mfu

@@ -50,7 +50,7 @@ def _tokenizer_stage(ctx: StageContext, stage: TokenizerStage) -> dict[str, Any]
 
 def _eval_stage(ctx: StageContext, stage: EvalStage) -> dict[str, Any]:
     from kllm.eval.tasks import run_task
-    from kllm.export.hf import load_model
+    from kllm.export.load import load_model
     from kllm.train.device import make_runtime
 
     runtime = make_runtime(ctx.device)

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 from kllm.errors import KllmError, UserError
-from kllm.export.hf import check_state, hf_to_state, read_shape, read_tensors, write_model_files
+from kllm.export.hf import check_state, read_shape, read_tensors, write_model_files
+from kllm.export.mapping import hf_to_state
 from kllm.export.resolve import COMPLETE, complete_checkpoints
 from kllm.files import new_directory, remove_leftovers, write_json
 from kllm.tokenizer.tokenizer import Tokenizer

@@ -230,7 +230,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(
     import torch
 
     from kllm.errors import KllmError
-    from kllm.export.hf import load_model
+    from kllm.export.load import load_model
     from kllm.export.resolve import complete_checkpoints
     from kllm.optim.build import OptimConfig, build_optimizer
     from kllm.train.checkpoint import save_checkpoint

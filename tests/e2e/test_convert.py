@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from support import kllm
 
 from kllm.errors import KllmError
-from kllm.export.hf import load_model, save_model
+from kllm.export.hf import save_model
+from kllm.export.load import load_model
 from kllm.run.convert import Conversion, convert
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.tokenizer.train import train_tokenizer

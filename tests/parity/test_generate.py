@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kllm.engine import Engine, SamplingParams
-from kllm.export.hf import load_model, save_model
+from kllm.export.hf import save_model
+from kllm.export.load import load_model
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 

@@ -9,7 +9,8 @@ import torch
 
 from kllm.errors import UserError
 from kllm.export.config import config_to_shape, shape_to_config
-from kllm.export.hf import load_model, save_model
+from kllm.export.hf import save_model
+from kllm.export.load import load_model
 from kllm.model.presets import PRESETS, ModelShape, count_parameters, hf_model_type
 from kllm.model.transformer import Transformer
 

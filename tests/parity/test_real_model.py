@@ -9,7 +9,7 @@ import torch
 
 from kllm.engine.engine import Engine
 from kllm.engine.params import SamplingParams
-from kllm.export.hf import load_model
+from kllm.export.load import load_model
 
 
 def test_stories260k_greedy_reference(data_kit: Path) -> None:

@@ -17,7 +17,7 @@ from kllm.errors import UserError
 from kllm.eval.names import check_task
 from kllm.eval.scoring import exact, final_answer, tally
 from kllm.eval.tasks import run_task, text_prompt
-from kllm.export.hf import load_model
+from kllm.export.load import load_model
 
 
 @pytest.fixture(scope="module")
