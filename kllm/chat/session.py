@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ class Session:
 def open_session(
     model_path: str, *, system: str | None = None, sampling: SamplingParams | None = None, device: str = "cpu"
 ) -> Session:
-    """Loads the model of `model_path` (a run, stage, checkpoint or Hugging Face directory) for a talk.
+    """Loads the model of `model_path` (whatever `kllm.export.load` reads) for a talk.
 
     Raises:
         UserError: no model there, or one without a tokenizer.
@@ -192,7 +193,10 @@ def open_session(
     from kllm.export.load import load_model
     from kllm.train.device import pick_device
 
-    model, tokenizer = load_model(model_path, pick_device(device))
+    def say(line: str) -> None:
+        sys.stderr.write(f"note: {line}\n")
+
+    model, tokenizer = load_model(model_path, pick_device(device), say=say)
     if tokenizer is None:
         raise UserError("the model has no tokenizer beside it", where=model_path)
     model.eval()

@@ -29,8 +29,10 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("pretrain", "stages:build_pretrain", WORK, "Train a model on plain text."),
     ("sft", "stages:build_sft", WORK, "Fine-tune a model on conversations."),
     ("eval", "stages:build_eval", WORK, "Measure a model."),
+    ("export", "stages:build_export", WORK, "Write a model for other programs, as a stage of a run."),
     ("chat", "talk:build_chat", WORK, "Talk to a model."),
     ("convert", "convert:build_convert", WORK, "Write a model as a Hugging Face folder, changed as asked."),
+    ("export-gguf", "gguf:build_export_gguf", WORK, "Write a model as GGUF, for llama.cpp and ollama."),
     ("data inspect", "look:build_data_inspect", LOOK, "Show a data file as training will see it."),
     ("info", "look:build_info", LOOK, "Parameters, memory and FLOPs of a preset or model."),
     ("recipe ls", "recipes:build_ls", RUNS, "List the shipped recipes."),
@@ -79,7 +81,13 @@ def _lazy(target: str, kind: str | None, help_text: str) -> type[HelpCommand]:
     return LazyCommand
 
 
-STAGE_COMMANDS = {"tokenizer train": "tokenizer", "pretrain": "pretrain", "sft": "sft", "eval": "eval"}
+STAGE_COMMANDS = {
+    "tokenizer train": "tokenizer",
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "eval": "eval",
+    "export": "export",
+}
 
 
 def _version(wanted: bool) -> None:

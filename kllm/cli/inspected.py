@@ -13,10 +13,9 @@ _BAD_SHOWN = 20
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer behind a folder, a run, a model or a hub id."""
-    from kllm.export.resolve import resolve_tokenizer
-    from kllm.tokenizer.tokenizer import Tokenizer
+    from kllm.export import tokenizers
 
-    return Tokenizer.load(resolve_tokenizer(path))
+    return tokenizers.load_tokenizer(path)
 
 
 def inspect_data(source: str, tokenizer: str | None, rows: int, row: int) -> dict[str, Any]:

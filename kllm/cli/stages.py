@@ -21,12 +21,14 @@ _EXAMPLES = {
     "pretrain": "kllm pretrain --data texts.jsonl --preset k-small --tokens 20M",
     "sft": "kllm sft --model runs/pretrain --data chats.jsonl --epochs 2",
     "eval": "kllm eval runs/quickstart",
+    "export": "kllm export runs/quickstart --gguf q8_0 --gguf q4_k_m",
 }
 _ABOUT = {
     "tokenizer": "Train a byte-level BPE tokenizer.",
     "pretrain": "Train a model on plain text; without --tokenizer one is trained on the same data first.",
     "sft": "Fine-tune a model on conversations; only the assistant's words are learned.",
     "eval": "Measure a model.",
+    "export": "Write a model for other programs: a Hugging Face folder and GGUF files, each checked.",
 }
 
 
@@ -38,10 +40,10 @@ def _build(kind: str) -> Callable[..., Any]:
 
     extras = [options.RECIPE_FLAG, options.STAGE_FLAG, options.OUT_FLAG]
     parameters = [options.extra_parameter(extra) for extra in extras]
-    if kind == "eval":
-        what = typer.Argument(
-            help="The model to measure, the same as --model.", metavar="[MODEL]", show_default=False
-        )
+    if kind in ("eval", "export"):
+        verb = "measure" if kind == "eval" else "write"
+        text = f"The model to {verb}, the same as --model."
+        what = typer.Argument(help=text, metavar="[MODEL]", show_default=False)
         parameters.append(options.extra_parameter(("given_model", Annotated[str | None, what], None)))
     parameters += options.flag_parameters(flags)
     parameters += [options.extra_parameter(extra) for extra in options.RUN_FLAGS]
@@ -67,6 +69,11 @@ def build_sft() -> Callable[..., Any]:
 def build_eval() -> Callable[..., Any]:
     """The callback of `kllm eval`."""
     return _build("eval")
+
+
+def build_export() -> Callable[..., Any]:
+    """The callback of `kllm export`."""
+    return _build("export")
 
 
 def _run(kind: str, flags: list[options.Flag], values: dict[str, Any]) -> int:
@@ -106,7 +113,7 @@ def load_stage(kind: str, flags: list[options.Flag], values: dict[str, Any]) -> 
 
 
 def _needs_a_model(kind: str, given: dict[str, Any]) -> None:
-    if kind in ("sft", "eval") and not {"model.path", "model.preset"} & given.keys():
+    if kind in ("sft", "eval", "export") and not {"model.path", "model.preset"} & given.keys():
         hint = "--model RUN, FOLDER or HUB ID, or --recipe FILE; e.g. " + _EXAMPLES[kind]
         raise UserError(f"kllm {kind} needs a model to start from", hint=hint)
     if kind == "sft" and "model.path" not in given and not {"tokenizer", "tokenizer.path"} & given.keys():

@@ -41,6 +41,11 @@ class DataSource(Section):
             return {"path": value}
 
 
+GgufType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k"
+]  # fmt: skip
+"""Types of GGUF files that kllm writes."""
+
 DataList = Annotated[list[DataSource], BeforeValidator(as_list), Field(min_length=1)]
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from kllm.config.base import Bytes, NotNegative, Positive, Section, StageName, StrList
+from kllm.config.base import Bytes, NotNegative, Positive, Section, StageName, StrList, as_list
 from kllm.config.parts import (
     DataList,
     DatasetSection,
     DataSource,
     FreshModelSection,
+    GgufType,
     LogSection,
     ModelSection,
     OptimSection,
@@ -131,8 +132,42 @@ class EvalStage(BaseStage):
     """Questions answered side by side."""
 
 
+class ExportStage(BaseStage):
+    """Write a model for other programs: a Hugging Face folder, GGUF files; each is read back and compared."""
+
+    produces: ClassVar[tuple[str, ...]] = ("model", "tokenizer")
+
+    stage: Literal["export"] = "export"
+    """Kind of the stage."""
+    model: ModelSection = Field(default_factory=ModelSection)
+    hf: bool = True
+    """Write a Hugging Face folder, for transformers, vLLM, SGLang, LMDeploy."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numbers in the Hugging Face folder."""
+    quant: Literal["awq", "int8", "int4"] | None = None
+    """Quantise the Hugging Face folder: awq (4 bits, vLLM), int8 or int4 (compressed-tensors)."""
+    calibrate: str | None = None
+    """Texts that awq looks at and that perplexity is measured on; default: the built-in world."""
+    gguf: Annotated[list[GgufType], BeforeValidator(as_list)] = Field(default_factory=list)
+    """GGUF files for llama.cpp, by type: f32, f16, bf16, q8_0, q4_0 to q5_1, q4_k_m, q5_k_m, q6_k; repeat."""
+    ollama: bool = False
+    """Write a Modelfile beside each GGUF file."""
+    license: str | None = None
+    """Licence for the metadata, e.g. apache-2.0."""
+    verify: bool = True
+    """Load what was written with other programs and compare."""
+
+    @model_validator(mode="after")
+    def _writes_something(self) -> ExportStage:
+        if not self.hf and not self.gguf:
+            raise ValueError("an export of nothing: set hf: true or list types under gguf")
+        if self.quant and not self.hf:
+            raise ValueError("export.quant is of the Hugging Face folder, and hf is false")
+        return self
+
+
 Stage = Annotated[
-    TokenizerStage | PretrainStage | SftStage | EvalStage,
+    TokenizerStage | PretrainStage | SftStage | EvalStage | ExportStage,
     Field(discriminator="stage"),
 ]
 
@@ -141,4 +176,5 @@ STAGES: dict[str, type[BaseStage]] = {
     "pretrain": PretrainStage,
     "sft": SftStage,
     "eval": EvalStage,
+    "export": ExportStage,
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from kllm.tokenizer.tokenizer import Tokenizer
 
 
-@torch.inference_mode()
 def run_perplexity(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -48,13 +48,29 @@ def run_perplexity(
     Raises:
         UserError: the file cannot be read, or holds no text to judge.
     """
+    found = perplexity_of(
+        model, tokenizer, islice(read_texts(file), limit), seq_len=seq_len, batch_tokens=batch_tokens
+    )
+    if found is None:
+        raise UserError("no text to judge", where=str(file))
+    return found
+
+
+@torch.inference_mode()
+def perplexity_of(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    seq_len: int = 1024,
+    batch_tokens: int = 8192,
+) -> dict[str, Any] | None:
+    """`run_perplexity` of texts at hand; None if there is nothing in them to judge."""
     seq_len = min(seq_len, model.shape.max_position_embeddings)
     sums = _Sums(model, tokenizer.token_bytes())
     pieces: list[Piece] = []
     held = documents = 0
-    for text in _texts(file):
-        if limit is not None and documents >= limit:
-            break
+    for text in texts:
         documents += 1
         for piece in _windows([*tokenizer.encode(text), tokenizer.eot_token_id], seq_len):
             pieces.append(piece)
@@ -65,7 +81,7 @@ def run_perplexity(
     if pieces:
         sums.add(pieces)
     if not sums.tokens:
-        raise UserError("no text to judge", where=str(file))
+        return None
     nll = sums.nll / sums.tokens
     return {
         "nll": nll,
@@ -78,7 +94,8 @@ def run_perplexity(
     }
 
 
-def _texts(file: str | Path) -> Iterator[str]:
+def read_texts(file: str | Path) -> Iterator[str]:
+    """The texts of any source; UserError with file:line for a row that is none."""
     for where, record in iter_records(file):
         try:
             found = normalise(record, "text")

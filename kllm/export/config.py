@@ -146,8 +146,10 @@ def config_to_shape(config: dict[str, Any], where: str = "config.json") -> Model
             where=where,
             hint=f"known: {', '.join(ARCHITECTURES)}",
         )
-    if config.get("use_sliding_window") or (model_type == "mistral" and config.get("sliding_window")):
+    if config.get("use_sliding_window"):
         raise UserError("sliding-window attention is not supported", where=where)
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UserError(f"hidden_act {config['hidden_act']!r} is not supported", where=where)
     if config.get("mlp_bias"):
         raise UserError("mlp_bias is not supported", where=where)
     try:
@@ -172,6 +174,9 @@ def config_to_shape(config: dict[str, Any], where: str = "config.json") -> Model
         )
     except KeyError as e:
         raise UserError(f"field {e.args[0]!r} is missing", where=where) from None
+    if model_type == "mistral" and (window := config.get("sliding_window")):
+        # up to the window's length its attention is full attention
+        shape = shape.with_(max_position_embeddings=min(shape.max_position_embeddings, int(window)))
     if model_type == "smollm3" and config.get("no_rope_layers"):
         off = tuple(i for i, uses in enumerate(config["no_rope_layers"]) if not uses)
         shape = shape.with_(no_rope_layers=off)

@@ -56,27 +56,45 @@ def write_model_files(
     max_shard_bytes: int | None = None,
 ) -> None:
     """`save_model` into a directory that somebody else makes atomic (a checkpoint)."""
-    shape = model.shape
     tensors = {
         name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
-        for name, tensor in state_to_hf(model.state_dict(), shape).items()
+        for name, tensor in state_to_hf(model.state_dict(), model.shape).items()
     }
+    write_files(tensors, model.shape, tokenizer, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_files(
+    tensors: dict[str, Tensor],
+    shape: ModelShape,
+    tokenizer: Tokenizer | None,
+    directory: Path,
+    *,
+    dtype: str,
+    max_shard_bytes: int | None = None,
+    quantization_config: dict[str, Any] | None = None,
+) -> None:
+    """Weights, configs and tokenizer files into a directory that exists.
+
+    Args:
+        tensors: in Hugging Face names and forms, contiguous, on the CPU.
+        quantization_config: how they are packed, for config.json.
+    """
     save_tensors(tensors, directory, max_shard_bytes)
     stops = list(tokenizer.stop_token_ids) if tokenizer else [2, 0]
     pad = tokenizer.pad_token_id if tokenizer else 0
     bos = tokenizer.bos_token_id if tokenizer else None
     eos = tokenizer.eos_token_id if tokenizer else 2
-    write_json(
-        directory / "config.json",
-        shape_to_config(shape, dtype=dtype, eos_token_id=eos, pad_token_id=pad, bos_token_id=bos),
-    )
+    config = shape_to_config(shape, dtype=dtype, eos_token_id=eos, pad_token_id=pad, bos_token_id=bos)
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", generation_config(stops, pad, bos))
     if tokenizer is not None:
         tokenizer.save(directory)
 
 
-def read_shape(directory: Path) -> ModelShape:
-    """The shape that config.json declares (tensors may refine it at load)."""
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory."""
     file = directory / "config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -84,7 +102,12 @@ def read_shape(directory: Path) -> ModelShape:
         raise UserError("no config.json: not a model directory", where=str(directory)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"broken JSON: {e}", where=str(file)) from None
-    return config_to_shape(config, where=str(file))
+    return config
+
+
+def read_shape(directory: Path) -> ModelShape:
+    """The shape that config.json declares (tensors may refine it at load)."""
+    return config_to_shape(read_config(directory), where=str(directory / "config.json"))
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -92,17 +115,33 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     files = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
         raise UserError("no model.safetensors: not a model directory", where=str(directory))
+    _all_shards(directory, files)
     tensors: dict[str, Tensor] = {}
     for file in files:
         if file.suffix == ".bin":
-            tensors.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            from kllm.export.pth import load_weights
+
+            tensors.update(load_weights(file))
             continue
         try:
             with safe_open(file, framework="pt") as f:
                 tensors.update({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as e:
-            raise KllmError(f"damaged weights: {e}", where=str(file)) from None
+            raise KllmError(f"damaged weights: {e}", where=str(file), hint="copy the file again") from None
     return tensors
+
+
+def _all_shards(directory: Path, files: list[Path]) -> None:
+    """A shard that the index names and that is not there is a download cut short."""
+    index = directory / f"{files[0].name.split('-')[0].split('.')[0]}{files[0].suffix}.index.json"
+    if len(files) == 1 and not index.is_file():
+        return
+    try:
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return
+    if gone := sorted(wanted - {file.name for file in files}):
+        raise UserError(f"{gone[0]} is missing ({len(gone)} of {len(wanted)} files)", where=str(directory))
 
 
 def check_state(state: dict[str, Tensor], model: Transformer, where: str) -> None:

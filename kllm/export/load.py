@@ -1,32 +1,125 @@
-"""One loader for everything that can stand where a model is expected."""
+"""One loader for everything that can stand where a model is expected, whoever wrote it.
+
+A Hugging Face directory (a checkpoint is one; also quantised with AWQ or compressed-tensors), a GGUF
+file, or a `.pth` / `.ckpt` file of MiniMind and its kin.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from kllm.export.hf import check_state, read_shape, read_tensors
+from kllm.errors import KllmError, UserError
+from kllm.export.config import config_to_shape
+from kllm.export.hf import check_state, read_config, read_tensors
 from kllm.export.mapping import hf_to_state
 from kllm.export.resolve import resolve
+from kllm.export.tokenizers import tokenizer_of
+from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.tokenizer import Tokenizer
 
+Say = Callable[[str], None]
+State = dict[str, Tensor]
+
 
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    assume: Mapping[str, Any] | None = None,
+    tokenizer: bool = True,
+    say: Say | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
-    """The model in `path` (anything `resolve` takes) and its tokenizer, if it has one."""
-    directory = resolve(path)
-    state, shape = hf_to_state(read_tensors(directory), read_shape(directory), str(directory))
+    """The model in `path` (anything `resolve` takes) and its tokenizer, if it has one.
+
+    Args:
+        assume: what the tensors of a `.pth` cannot tell (`num_attention_heads`, ...); see `pth.read_pth`.
+        tokenizer: False leaves the tokenizer alone (None is returned).
+        say: is told what had to be assumed, one line each.
+
+    Raises:
+        UserError, KllmError: not a model, one that kllm does not run, or a damaged one.
+    """
+    place = resolve(path)
+    state, shape = _read(place, assume or {}, say or (lambda line: None))
     with torch.device("meta"):
         model = Transformer(shape)
-    check_state(state, model, str(directory))
+    check_state(state, model, str(place))
+    _check_finite(state, str(place))
     model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
     if shape.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
     model = model.to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model, tokenizer
+    return model, tokenizer_of(place) if tokenizer else None
+
+
+def _read(place: Path, assume: Mapping[str, Any], say: Say) -> tuple[State, ModelShape]:
+    kind = source_kind(place)
+    if kind != "pth" and assume:
+        raise UserError(f"{next(iter(assume))} is in the model's own files", where=str(place))
+    if kind == "gguf":
+        return _read_gguf(place)
+    if kind == "pth":
+        from kllm.export.pth import read_pth
+
+        found = read_pth(place, assume)
+        for line in found.assumed:
+            say(f"{place.name}: assumed {line}")
+        return found.state, found.shape
+    config, tensors = read_config(place), read_tensors(place)
+    if quantization := config.get("quantization_config"):
+        from kllm.export.quantized import dequantize_tensors
+
+        tensors = dequantize_tensors(tensors, quantization, str(place))
+    return hf_to_state(tensors, config_to_shape(config, str(place / "config.json")), str(place))
+
+
+def _read_gguf(place: Path) -> tuple[State, ModelShape]:
+    from kllm.export.gguf_read import open_gguf
+
+    opened = open_gguf(place)
+    shape = opened.shape()
+    state = opened.state(shape)
+    head, embedding = state.get("lm_head.weight"), state["model.embed_tokens.weight"]
+    if head is None or torch.equal(head, embedding):
+        state["lm_head.weight"] = embedding
+        shape = shape.with_(tie_word_embeddings=True)
+    return state, shape
+
+
+def source_kind(place: Path) -> str:
+    """`hf`, `gguf` or `pth`, of what `resolve` found."""
+    if place.is_dir():
+        return "hf"
+    return "gguf" if place.suffix == ".gguf" else "pth"
+
+
+def model_shape(place: Path) -> ModelShape:
+    """The shape of what `resolve` found, without reading its weights."""
+    kind = source_kind(place)
+    if kind == "gguf":
+        from kllm.export.gguf_read import open_gguf
+
+        return open_gguf(place).shape()
+    if kind == "pth":
+        from kllm.export.pth import peek_shape
+
+        return peek_shape(place)
+    return config_to_shape(read_config(place), str(place / "config.json"))
+
+
+def _check_finite(state: State, where: str) -> None:
+    """NaN or infinity in a weight makes everything after it nonsense: refused, by name."""
+    for name, tensor in state.items():
+        # a sum carries every NaN and infinity, in one pass and with nothing copied
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            kind = "NaN" if torch.isnan(tensor).any() else "infinite values"
+            raise KllmError(f"tensor {name} holds {kind}", where=where, hint="a broken training or copy")

@@ -8,6 +8,8 @@ from pathlib import Path
 from kllm.errors import UserError
 
 COMPLETE = "COMPLETE"
+MODEL_FILES = (".gguf", ".pth", ".pt", ".ckpt", ".bin")
+"""Single files that hold a whole model."""
 
 
 def complete_checkpoints(stage_dir: Path) -> list[Path]:
@@ -32,47 +34,80 @@ def _last_stage(run_dir: Path) -> Path | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """The model directory behind a run, a stage, a checkpoint, a Hugging Face directory or a hub id.
+    """What holds the model behind a run, a stage, a checkpoint, a folder, a file or a hub id.
+
+    Returns:
+        A Hugging Face directory, or a file of one of the kinds `MODEL_FILES`.
 
     Raises:
         UserError: nothing there, or nothing in it yet.
     """
-    directory = Path(path)
-    if not directory.exists():
+    place = Path(path).expanduser()
+    if not place.exists():
         return _from_hub(str(path))
-    if directory.is_file():
-        raise UserError("is a file, not a model directory", where=str(path))
-    if (directory / "config.json").exists():
-        return directory
-    found = _stage_result(directory) or _last_stage(directory)
+    if place.is_file():
+        if place.suffix in MODEL_FILES:
+            return place
+        if (place.parent / "config.json").exists():
+            return place.parent  # a file of a model directory, named by its weights or config
+        raise UserError("is a file, not a model", where=str(path), hint=f"kinds: {', '.join(MODEL_FILES)}")
+    if (place / "config.json").exists():
+        return place
+    found = _stage_result(place) or _last_stage(place) or _only_file(place)
     if found is None:
-        what = "the run has no trained model yet" if (directory / "run.json").exists() else "no model in it"
+        what = "the run has no trained model yet" if (place / "run.json").exists() else "no model in it"
         raise UserError(
-            what, where=str(path), hint="give a run, a stage, a checkpoint or a Hugging Face directory"
+            what,
+            where=str(path),
+            hint="give a run, a stage, a checkpoint, a Hugging Face directory or a file",
         )
     return found
 
 
+def _only_file(directory: Path) -> Path | None:
+    files = sorted(f for f in directory.iterdir() if f.suffix in MODEL_FILES and f.is_file())
+    if len(files) > 1:
+        names = ", ".join(f.name for f in files[:4])
+        raise UserError(f"several models in it: {names}", where=str(directory), hint="name one of the files")
+    return files[0] if files else None
+
+
 def resolve_tokenizer(path: str | Path) -> Path:
-    """The directory with tokenizer files behind a run, a stage, a model or a tokenizer directory."""
-    directory = Path(path)
-    if not directory.exists():
+    """The directory with tokenizer files behind a run, a stage, a model or a tokenizer directory.
+
+    A GGUF file holds its tokenizer and is returned as it is.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
         return _from_hub(str(path))
-    for candidate in (directory, directory / "final"):
+    for candidate in (place, place / "final"):
         if (candidate / "tokenizer.json").exists() or (candidate / "vocab.json").exists():
             return candidate
-    stages = sorted(directory.glob("[0-9][0-9]-*/final"), reverse=True)
+    stages = sorted(place.glob("[0-9][0-9]-*/final"), reverse=True)
     for candidate in stages:
         if (candidate / "tokenizer.json").exists():
             return candidate
+    file = place if place.is_file() else _only_file(place)
+    if file is not None and file.suffix == ".gguf":
+        return file
+    if file is not None and (beside := tokenizer_beside(file)) is not None:
+        return beside
     raise UserError("no tokenizer.json in it", where=str(path), hint="give a directory that has one")
 
 
+def tokenizer_beside(place: Path) -> Path | None:
+    """The tokenizer directory of a model: itself, or near a model file (MiniMind has it in ../model)."""
+    folders = [place] if place.is_dir() else [place.parent, place.parent.parent / "model"]
+    return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+
+
 def _from_hub(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+    """OWNER/NAME, or one file of it, OWNER/NAME/FILE.gguf, fetched into the hub's own cache."""
+    known = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+\.gguf))?", name)
+    if known is None or name.startswith((".", "/")) or name.endswith(MODEL_FILES[1:]):
         raise UserError("no such file or directory", where=name)
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError:
         raise UserError(
             "no such directory, and hub ids need huggingface_hub",
@@ -80,8 +115,13 @@ def _from_hub(name: str) -> Path:
             hint="pip install 'kllm[hub]', or give a local directory",
         ) from None
     try:
+        if known[2]:
+            return Path(hf_hub_download(known[1], known[2]))
         patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        place = Path(snapshot_download(name, allow_patterns=patterns))
+        if (place / "config.json").exists() and not any(place.glob("*.safetensors")):
+            place = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return place
     except Exception as e:  # the hub raises many kinds; all mean the same to the user
         reason = str(e).splitlines()[0][:200]
         raise UserError(f"no such directory, and the hub gave: {reason}", where=name) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -20,16 +21,24 @@ def save_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: i
     """
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        save_tensor_file(tensors, directory / "model.safetensors")
         return
     where: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: tensors[n] for n in names}, directory / file, metadata={"format": "pt"})
+        save_tensor_file({n: tensors[n] for n in names}, directory / file)
         where.update(dict.fromkeys(names, file))
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_json(directory / "model.safetensors.index.json", index)
+
+
+def save_tensor_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file with the permissions of any other new file."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # the library makes it readable to its owner alone
 
 
 def _split(tensors: dict[str, Tensor], limit: int | None) -> list[list[str]]:

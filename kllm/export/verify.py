@@ -6,6 +6,9 @@ within a tolerance, greedy tokens one by one, token ids of a few texts as well.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +18,9 @@ import torch
 from torch import Tensor
 
 from kllm.errors import KllmError
+from kllm.export.hf import read_tensors
 from kllm.export.load import load_model
+from kllm.export.quantized import QuantizedExport, dequantize_tensors
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.tokenizer import Tokenizer
 
@@ -49,9 +54,37 @@ def verify_hf(
     """
     reader, theirs = _load_theirs(directory)
     written, _ = load_model(directory)
-    _same_weights(model, written, dtype, directory)
-    written.eval()
-    prompts = _prompts(tokenizer, model.shape.vocab_size)
+    same_weights(model, written, dtype, directory)
+    return _compared(written.eval(), theirs, tokenizer, directory, reader)
+
+
+def verify_quantised(
+    export: QuantizedExport, written: Transformer, tokenizer: Tokenizer | None, directory: Path
+) -> dict[str, Any]:
+    """Checks a quantised directory: what is read back is what was packed, and transformers computes with it.
+
+    transformers unpacks compressed-tensors on any device where that package is installed; AWQ it runs on
+    GPUs only, so there the reader is our own unpacker.
+
+    Args:
+        export: what was written.
+        written: the directory as `load_model` reads it, in evaluation mode.
+    """
+    again = dequantize_tensors(read_tensors(directory), export.quantization_config, str(directory))
+    for name, tensor in dequantize_tensors(export.tensors, export.quantization_config, "export").items():
+        if not torch.equal(again[name], tensor):
+            raise KllmError(f"tensor {name} is not what was exported", where=str(directory))
+    if export.scheme == "awq" or importlib.util.find_spec("compressed_tensors") is None:
+        return {"reader": "kllm (its own unpacker)", "tensors_equal": len(again)}
+    reader, theirs = _load_theirs(directory)
+    return _compared(written, theirs, tokenizer, directory, reader)
+
+
+def _compared(
+    written: Transformer, theirs: Any, tokenizer: Tokenizer | None, directory: Path, reader: str
+) -> dict[str, Any]:
+    """Logits, greedy tokens and token ids of two readers of one directory."""
+    prompts = prompts_for(tokenizer, written.shape.vocab_size)
     worst, bound = 0.0, 0.0
     with torch.no_grad():
         for ids in prompts:
@@ -93,16 +126,18 @@ def _load_theirs(directory: Path) -> tuple[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     name = f"transformers {transformers.__version__}"
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # unpacking shows bars of its own
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            )
     except Exception as e:  # whatever it raises, the export failed
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise KllmError(f"{name} cannot load it: {reason}", where=str(directory)) from e
     return name, model.eval()
 
 
-def _same_weights(model: Transformer, written: Transformer, dtype: str, where: Path) -> None:
+def same_weights(model: Transformer, written: Transformer, dtype: str, where: Path) -> None:
+    """KllmError unless `written` is `model` rounded to `dtype`, bit by bit."""
     kind = getattr(torch, dtype)
     theirs = written.state_dict()
     for name, tensor in model.state_dict().items():
@@ -110,7 +145,7 @@ def _same_weights(model: Transformer, written: Transformer, dtype: str, where: P
             raise KllmError(f"tensor {name} is not what was exported", where=str(where))
 
 
-def _prompts(tokenizer: Tokenizer | None, vocab: int) -> list[list[int]]:
+def prompts_for(tokenizer: Tokenizer | None, vocab: int) -> list[list[int]]:
     if tokenizer is None:
         return [[(7 * i + k) % vocab for i in range(12)] for k in range(len(PROMPTS))]
     encoded = [ids for ids in tokenizer.encode_batch(PROMPTS) if ids]

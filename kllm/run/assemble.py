@@ -16,6 +16,7 @@ from kllm.config.parts import ModelSection
 from kllm.config.stages import PretrainStage
 from kllm.data.shards import Prepared, prepare
 from kllm.errors import UserError
+from kllm.export import tokenizers
 from kllm.export.load import load_model
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
@@ -39,7 +40,7 @@ def load_tokenizer(ctx: StageContext, chat_template: str | None = None) -> Token
     if source is None:
         raise UserError("no tokenizer", where=f"{ctx.stage.name}.tokenizer", hint="give --tokenizer DIR")
     template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
-    return Tokenizer.load(source, chat_template=template)
+    return tokenizers.load_tokenizer(source, chat_template=template)
 
 
 def build_model(
@@ -53,7 +54,7 @@ def build_model(
         model = Transformer(shape)
         model.init_weights(ctx.seed)
     else:
-        model, _ = load_model(ctx.inputs["model"])
+        model, _ = load_model(ctx.inputs["model"], tokenizer=False, say=ctx.reporter.message)
         shape = with_overrides(model.shape, stage.model)
         check_vocabulary(tokenizer.vocab_size, shape)
         check_positions(shape, seq_len)

@@ -17,6 +17,7 @@ _TITLES = {
     "tokenizer": "Byte-level BPE tokenizer",
     "pretrain": "Language model, pretrained on plain text",
     "sft": "Language model, fine-tuned on conversations",
+    "export": "Language model for other programs: transformers and vLLM, llama.cpp and ollama",
 }
 
 

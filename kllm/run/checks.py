@@ -60,7 +60,7 @@ def stage_errors(loaded: Loaded, run: RunDir, name: str) -> list[UserError]:
             errors.append(_placed(e, f"{name}.{key}", loaded))
         return None
 
-    key = "tasks" if isinstance(stage, EvalStage) else "data"
+    key = {"eval": "tasks", "export": "calibrate"}.get(stage.stage, "data")
     for path in data_paths(stage):
         attempt(key, lambda path=path: _check_source(path))  # type: ignore[misc]
     for path in templates(stage):

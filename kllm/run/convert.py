@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kllm.errors import UserError
+from kllm.errors import KllmError, UserError
 from kllm.export import hub
-from kllm.export.hf import save_model
 from kllm.export.load import load_model
 from kllm.export.resolve import resolve
-from kllm.files import write_text
+from kllm.export.tokenizers import load_tokenizer
+from kllm.files import new_directory
 from kllm.model.transformer import Transformer
 from kllm.run.exportcard import export_card
+from kllm.run.hffolder import HfOptions, hf_folder, placed
 from kllm.tokenizer.tokenizer import Tokenizer
 
-SMALL = 400_000_000
-"""Models of up to so many parameters are verified without being asked."""
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -28,39 +28,49 @@ class Conversion:
 
     source: str
     out: Path
-    dtype: str = "float32"
-    max_shard_bytes: int | None = None
+    to: str = "hf"
+    """hf (kllm is the same), torch (a MiniMind-named .pth) or peft (a LoRA file as a PEFT folder)."""
+    options: HfOptions = field(default_factory=HfOptions)
     tokenizer: str | None = None
     rope_scaling: str | None = None
     factor: float | None = None
     adapter: str | None = None
-    verify: bool | None = None
-    """None: if the model is small enough to be loaded twice without a thought."""
+    keep_adapter: bool = False
+    base: str | None = None
+    """What a PEFT folder names as its base model."""
     push: str | None = None
     private: bool = False
     overwrite: bool = False
+    assume: Mapping[str, Any] = field(default_factory=dict)
 
 
-def convert(job: Conversion, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
     """Does the conversion and returns its report (what was written, how it compares).
+
+    Nothing appears at `job.out` before it was verified.
 
     Raises:
         UserError, KllmError: bad input, or what was written cannot be verified.
     """
     _check(job)
-    model, tokenizer = load_model(job.source)
-    report: dict[str, Any] = {"source": job.source, "out": str(job.out), "dtype": job.dtype}
+    report: dict[str, Any] = {"source": job.source, "out": str(job.out), "to": job.to}
+    if job.to == "peft":
+        return report | _peft(job)
+    model, tokenizer = load_model(job.source, assume=job.assume, say=say)
     model, tokenizer = _change(job, model.eval(), tokenizer, report)
-    report["parameters"] = model.num_parameters()
-    save_model(model, tokenizer, job.out, dtype=job.dtype, max_shard_bytes=job.max_shard_bytes)
-    report["bytes"] = sum(f.stat().st_size for f in job.out.iterdir())
-    if _verifies(job, model, say):
-        from kllm.export.verify import verify_hf
-
-        report["verified"] = verify_hf(model, tokenizer, job.out, dtype=job.dtype)
+    if job.to == "torch":
+        return report | _torch(job, model)
+    with new_directory(job.out) as aside:
+        try:
+            report |= hf_folder(model, tokenizer, aside, job.options, say)
+            if job.adapter is not None and job.keep_adapter:
+                report["adapter"] = _keep_adapter(job, model, aside / "adapter")
+        except KllmError as e:
+            raise placed(e, aside, job.out) from None
+        card = export_card(job.out.name, job.source, report)
+        (aside / "README.md").write_text(card, encoding="utf-8")
     if change := report.get("vocabulary"):
         say(f"vocabulary: {change['kept']:,} of {change['rows']:,} rows kept")
-    write_text(job.out / "README.md", export_card(job.out.name, job.source, report))
     if job.push is not None:
         report["pushed"] = hub.push(job.out, job.push, private=job.private)
     return report
@@ -68,18 +78,44 @@ def convert(job: Conversion, say: Callable[[str], None] = lambda line: None) -> 
 
 def _check(job: Conversion) -> None:
     if job.push is not None:
+        if job.to not in ("hf", "kllm"):
+            raise UserError(f"only a Hugging Face folder is pushed, not --to {job.to}", where="flag --push")
         hub.check_repo(job.push)
     if (job.rope_scaling is None) != (job.factor is None):
         raise UserError("--rope-scaling and --factor belong together", hint="--rope-scaling yarn --factor 4")
     if job.factor is not None and job.factor <= 1:
         raise UserError(f"must be above 1, got {job.factor:g}", where="flag --factor")
+    if job.keep_adapter and job.adapter is None:
+        raise UserError("--keep-adapter keeps an adapter, and none is given", hint="--adapter PATH")
+    if job.options.quant is not None and job.to not in ("hf", "kllm"):
+        raise UserError(f"--quant is of a Hugging Face folder, not of --to {job.to}", where="flag --quant")
     source = Path(job.source)
-    if source.exists() and job.out.exists() and resolve(source).resolve() == job.out.resolve():
-        raise UserError("source and result are the same folder", where=str(job.out))
+    if source.exists() and job.out.exists() and _place(job) == job.out.resolve():
+        raise UserError("source and result are the same", where=str(job.out))
+    if job.to == "torch":
+        _check_file(job)
+    else:
+        _check_folder(job)
+
+
+def _place(job: Conversion) -> Path:
+    source = Path(job.source)
+    return (source if job.to == "peft" else resolve(source)).resolve()
+
+
+def _check_file(job: Conversion) -> None:
+    if job.out.is_dir() or job.out.suffix not in (".pth", ".pt"):
+        raise UserError("one file is written, named .pth", where=str(job.out), hint=f"{job.out}.pth")
+    if job.out.exists() and not job.overwrite:
+        raise UserError("is there already", where=str(job.out), hint="--overwrite, or name a new file")
+
+
+def _check_folder(job: Conversion) -> None:
     if job.out.is_file():
         raise UserError("is a file; a directory is written", where=str(job.out))
     if job.out.is_dir() and any(job.out.iterdir()):
-        if not (job.out / "config.json").is_file():  # never replace what is no model
+        marks = ("config.json", "adapter_config.json")
+        if not any((job.out / mark).is_file() for mark in marks):  # never replace what is no model
             raise UserError("is there and holds no model", where=str(job.out), hint="name a new folder")
         if not job.overwrite:
             raise UserError("is there already", where=str(job.out), hint="--overwrite, or name a new folder")
@@ -88,12 +124,12 @@ def _check(job: Conversion) -> None:
 def _change(
     job: Conversion, model: Transformer, tokenizer: Tokenizer | None, report: dict[str, Any]
 ) -> tuple[Transformer, Tokenizer | None]:
-    if job.adapter is not None:
+    if job.adapter is not None and not job.keep_adapter:
         from kllm.export.adapter import merge_adapter
 
         report["merged"] = merge_adapter(model, job.adapter)
     if job.tokenizer is not None:
-        new = Tokenizer.load(job.tokenizer)
+        new = load_tokenizer(job.tokenizer)
         if tokenizer is None:  # weights alone: the tokenizer they were trained with
             _fits(new, model, job.tokenizer)
         else:
@@ -128,13 +164,56 @@ def _stretch(model: Transformer, kind: str, factor: float) -> Transformer:
     return longer.eval()
 
 
-def _verifies(job: Conversion, model: Transformer, say: Callable[[str], None]) -> bool:
-    if job.verify is not None:
-        return job.verify
-    if model.num_parameters() > SMALL:
-        say(f"not verified: above {SMALL:,} parameters only --verify asks for it")
-        return False
-    if importlib.util.find_spec("transformers") is None:
-        say("not verified: transformers is not installed")
-        return False
-    return True
+def _torch(job: Conversion, model: Transformer) -> dict[str, Any]:
+    """A .pth, read again and compared bit by bit."""
+    from kllm.export.pth import write_pth
+    from kllm.export.verify import same_weights
+
+    aside = job.out.with_name(f".{job.out.stem}.unverified.pth")
+    try:
+        write_pth(model, aside, job.options.dtype)
+        if job.options.verify is not False:
+            same_weights(model, load_model(aside, tokenizer=False)[0], job.options.dtype, job.out)
+        aside.replace(job.out)
+    except KllmError as e:
+        raise placed(e, aside, job.out) from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return {
+        "parameters": model.num_parameters(),
+        "dtype": job.options.dtype,
+        "bytes": job.out.stat().st_size,
+    }
+
+
+def _peft(job: Conversion) -> dict[str, Any]:
+    """A LoRA file as a PEFT folder."""
+    from kllm.export.adapter import read_adapter, write_peft
+
+    adapter = read_adapter(job.source)
+    base = job.base or ""
+    write_peft(adapter.pairs, job.out, alpha=adapter.alpha, rank=adapter.rank, base=base)
+    size = sum(f.stat().st_size for f in job.out.iterdir())
+    return {"modules": len(adapter.pairs), "rank": adapter.rank, "bytes": size}
+
+
+def _keep_adapter(job: Conversion, model: Transformer, directory: Path) -> str:
+    """The adapter beside the model as a PEFT folder."""
+    from kllm.export.adapter import read_adapter, write_peft
+
+    assert job.adapter is not None
+    given = Path(job.adapter)
+    if given.is_dir():
+        read_adapter(given)  # refuses what is no adapter
+        shutil.copytree(given, directory)
+    else:
+        adapter = read_adapter(given, model.shape.head_dim)
+        write_peft(
+            adapter.pairs,
+            directory,
+            alpha=adapter.alpha,
+            rank=adapter.rank,
+            base=job.base or str(job.out),
+            shared_expert_gate=model.shape.shared_expert_gate,
+        )
+    return str(job.out / "adapter")

@@ -17,7 +17,7 @@ from typing import Any
 
 from kllm.config.load import Loaded
 from kllm.config.recipe import REFERENCE, stage_kind
-from kllm.config.stages import EvalStage
+from kllm.config.stages import EvalStage, ExportStage
 from kllm.errors import EXIT_FAILURE, Interrupted, KllmError
 from kllm.files import io_errors
 from kllm.observe import plots, units
@@ -115,7 +115,7 @@ def execute(ctx: StageContext, run: RunDir) -> dict[str, Any]:
     _afterwards(ctx, status, log)
     run.write_status(dirname, status)
     run.event("finished", ctx.name, seconds=round(status["seconds"], 1))
-    if ctx.kind == "eval":
+    if ctx.kind in ("eval", "export"):
         for table in tables(status.get("result")):
             log.table(table.title, table.columns, table.rows)
     log.done(ending(ctx, status))
@@ -250,7 +250,7 @@ def next_command(ctx: StageContext) -> str:
             str(ctx.run_dir / "recipe.resolved.yaml"),
         ]
         return shlex.join(["kllm", *words, "--stage", following[0].name, "--out", str(ctx.run_dir)])
-    named = ctx.stage.model.path if isinstance(ctx.stage, EvalStage) else None
+    named = ctx.stage.model.path if isinstance(ctx.stage, EvalStage | ExportStage) else None
     if named is not None and not named.startswith(REFERENCE):
         return f"kllm chat {named}"  # this run measured a model that lives elsewhere
     return {

@@ -27,12 +27,64 @@ def export_card(name: str, source: str, report: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def gguf_card(name: str, source: str, license_name: str, report: dict[str, Any]) -> str:
+    """README.md of a folder of GGUF files: types, sizes, and how each compared with the model."""
+    head = ["---", "pipeline_tag: text-generation", "tags: [kllm, gguf]"]
+    head += [f"license: {license_name}"] if license_name else []
+    lines = [
+        *head,
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"GGUF files written by kllm from `{Path(source).name}`: {report['parameters']:,} parameters, "
+        f"llama.cpp architecture `{report['arch']}`.",
+        "",
+        "| file | type | size | next token: same likeliest / KL (nats) | checked with |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for file in report["files"]:
+        checked = file.get("verified")
+        damage = f"{checked['same_top']:.1%} / {checked['kl']:.1e}" if checked else ""
+        cells = (Path(file["path"]).name, file["quant"], units.size(file["bytes"]), damage)
+        lines.append(f"| {' | '.join(cells)} | {gguf_check(checked) if checked else 'not checked'} |")
+    return "\n".join([*lines, "", *_own_card(source)]).rstrip() + "\n"
+
+
+def gguf_check(checked: dict[str, Any]) -> str:
+    """What a check of a GGUF file found, in a line."""
+    if "greedy_total" not in checked:
+        return f"{checked['reader']}: tensors within {checked['rounding']:.1e}"
+    greedy = f"greedy tokens {checked['greedy_equal']}/{checked['greedy_total']}"
+    differ = f"within {checked['logprob_diff']:.1e} (allowed {checked['tolerance']:g})"
+    return f"{checked['reader']}: log-probabilities {differ}, {greedy}"
+
+
+def hf_check(checked: dict[str, Any]) -> str:
+    """What a check of a Hugging Face folder found, in a line."""
+    if "greedy_total" not in checked:
+        return f"{checked['reader']}: {checked['tensors_equal']} tensors read back as they were packed"
+    differ = f"logits differ by at most {checked['max_abs_diff']:.1e} (allowed {checked['tolerance']:.1e})"
+    greedy = f"greedy tokens equal {checked['greedy_equal']}/{checked['greedy_total']}"
+    return f"{checked['reader']}: {differ}, {greedy}"
+
+
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = [("parameters", f"{report['parameters']:,}"), ("size", units.size(report["bytes"]))]
+    facts: list[tuple[str, str]] = [
+        ("parameters", f"{report['parameters']:,}"),
+        ("size", units.size(report["bytes"])),
+        ("numbers", report["dtype"]),
+    ]
+    if report.get("quant"):
+        group = f", groups of {report['group_size']}" if report.get("group_size") else ""
+        facts.append(("quantised", f"{report['quant']}{group}"))
+    if (cost := report.get("perplexity")) and cost["before"]:
+        figures = f"{cost['before']:.3f} before, {cost['after']:.3f} after quantisation"
+        facts.append((f"perplexity on {cost['texts']}", figures))
     if checked := report.get("verified"):
-        agreed = f"{checked['greedy_equal']} of {checked['greedy_total']} greedy tokens equal"
-        differ = f"largest logit difference {checked['max_abs_diff']:.1e}"
-        facts.append((f"checked with {checked['reader']}", f"{differ}, {agreed}"))
+        facts.append(("checked with", hf_check(checked)))
+    if merged := report.get("merged"):
+        facts.append(("adapter", f"{merged['modules']} modules merged, rank {merged['rank']}"))
     if change := report.get("vocabulary"):
         facts.append(("vocabulary", json.dumps(change)))
     return facts
@@ -41,8 +93,9 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _own_card(source: str) -> list[str]:
     """The card of the trained model, under a heading, without its YAML head."""
     path = Path(source)
-    card = resolve(path) / "README.md" if path.is_dir() else None
-    if card is None or not card.is_file():
+    place = resolve(path) if path.is_dir() else path
+    card = place / "README.md"
+    if not place.is_dir() or not card.is_file():
         return []
     text = card.read_text(encoding="utf-8")
     if text.startswith("---\n"):

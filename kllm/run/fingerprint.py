@@ -24,7 +24,7 @@ from kllm.errors import UserError
 from kllm.files import write_json
 from kllm.run.rundir import read_json
 
-CODE_VERSIONS = {"tokenizer": 1, "pretrain": 1, "sft": 1, "eval": 1}
+CODE_VERSIONS = {"tokenizer": 1, "pretrain": 1, "sft": 1, "eval": 1, "export": 1}
 """Raised by hand when a stage of this kind would give another result from the same inputs."""
 
 IGNORED = ("log", "name")
@@ -115,6 +115,8 @@ def data_paths(stage: Stage) -> list[str]:
     paths = [source.path for source in getattr(stage, "data", [])]
     dataset = getattr(stage, "dataset", None)
     paths += [source.path for source in dataset.val_data] if dataset else []
+    if getattr(stage, "quant", None) and getattr(stage, "calibrate", None):
+        paths.append(stage.calibrate)  # type: ignore[union-attr]
     for task in getattr(stage, "tasks", []):
         name, _, file = task.partition(":")
         if name == "perplexity":
@@ -148,11 +150,12 @@ def hash_data(stage: Stage, memo: Path) -> dict[str, str]:
 
 
 def hash_directory(directory: Path, memo: Path) -> str:
-    """Hash of a model or tokenizer directory: names and contents of its files, model cards left out."""
+    """Hash of a model or tokenizer directory (or file): names and contents, model cards left out."""
     known = read_json(memo)
     total = hashlib.blake2b(digest_size=16)
     fresh = False
-    for file in sorted(p for p in directory.iterdir() if p.is_file()):
+    files = [directory] if directory.is_file() else sorted(p for p in directory.iterdir() if p.is_file())
+    for file in files:
         if file.name in _CARDS or file.name.startswith("."):
             continue
         status = file.stat()

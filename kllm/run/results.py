@@ -20,9 +20,14 @@ class Table:
 
 def tables(result: Mapping[str, Any] | None) -> list[Table]:
     """The tables of a stage's `result`: one for each evaluation task, one for all single figures."""
-    found, figures = [], {}
+    found: list[Table] = []
+    figures: dict[str, Any] = {}
+    rows: list[tuple[str, ...]]
     for name, value in (result or {}).items():
-        if isinstance(value, Mapping) and "by_category" in value:
+        if name == "files":
+            rows = [tuple(f[key] for key in ("file", "type", "size", "check")) for f in value]
+            found.append(Table("", ("file", "type", "size", "checked with"), rows))
+        elif isinstance(value, Mapping) and "by_category" in value:
             found.append(_by_category(name, value))
         elif isinstance(value, Mapping) and "ppl" in value:
             found.append(Table(name, ("figure", "value"), flat_numbers(value)))

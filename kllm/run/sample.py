@@ -15,6 +15,7 @@ from kllm.data.formats import normalise
 from kllm.data.messages import BadRow
 from kllm.data.sources import iter_records
 from kllm.errors import UserError
+from kllm.export.tokenizers import load_tokenizer
 from kllm.tokenizer.tokenizer import Tokenizer
 
 LOOK_AT = 20
@@ -79,7 +80,7 @@ def _spans(tokenizer: Tokenizer, ids: Any, trained: Any) -> list[tuple[str, bool
 
 def _load(directory: Path, template: str | None) -> Tokenizer:
     text = Path(template).read_text(encoding="utf-8") if template else None
-    return Tokenizer.load(directory, chat_template=text)
+    return load_tokenizer(directory, chat_template=text)
 
 
 def _stand_in(record: Any, template: str | None) -> Tokenizer:

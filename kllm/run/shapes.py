@@ -63,9 +63,13 @@ def check_vocabulary(vocab_size: int, shape: ModelShape) -> None:
         )
 
 
-def shape_of_directory(directory: Path) -> ModelShape:
-    """The shape of a model directory, from its config.json."""
-    path = directory / "config.json"
+def shape_of_directory(place: Path) -> ModelShape:
+    """The shape of a model directory, from its config.json; of a model file, from its own head."""
+    if place.is_file():
+        from kllm.export.load import model_shape
+
+        return model_shape(place)
+    path = place / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -73,10 +77,15 @@ def shape_of_directory(directory: Path) -> ModelShape:
     return config_to_shape(config, str(path))
 
 
-def vocab_of_directory(directory: Path) -> int | None:
+def vocab_of_directory(place: Path) -> int | None:
     """Largest token id + 1 of a tokenizer.json, without loading the tokenizer; None if there is none."""
+    if place.is_file():
+        from kllm.export.tokenizers import tokenizer_of
+
+        found = tokenizer_of(place)
+        return found.vocab_size if found else None
     try:
-        spec = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        spec = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
         vocab = spec["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
         return max([*ids, *(t["id"] for t in spec.get("added_tokens", []))]) + 1

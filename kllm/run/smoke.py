@@ -9,7 +9,7 @@ The rule:
   a stage put in front; so is its tokenizer, unless that is a local folder of its own;
 - training takes 6 steps of 1024 tokens in rows of at most 512, saves and evaluates every 3, on at most
   256 KiB of each source, bad rows tolerated, without compilation;
-- evaluation asks 4 questions and reads 8 tokens of each answer;
+- evaluation asks 4 questions and reads 8 tokens of each answer; an export writes all its files;
 - data that is not on this machine is replaced by the built-in world's; extra sinks are left out.
 
 The names and the order of stages, the objective, the optimiser and the schedule stay.
@@ -52,7 +52,7 @@ def shrink(loaded: Loaded) -> Loaded:
     outside_model = [s for s in stages if _outside(s.get("model"))]
     for stage in outside_model:
         stage["model"] = {"path": REFERENCE + MODEL}
-        if stage["stage"] != "eval" and not (stage.get("tokenizer") or {}).get("path"):
+        if stage["stage"] not in ("eval", "export") and not (stage.get("tokenizer") or {}).get("path"):
             stage["tokenizer"] = {"path": REFERENCE + MODEL}
     outside_tokenizer = [s for s in stages if _outside(s.get("tokenizer"))]
     for stage in outside_tokenizer:
@@ -80,6 +80,8 @@ def _shrunk(stage: dict[str, Any]) -> dict[str, Any]:
     if kind == "eval":
         tasks = list(dict.fromkeys(_here_task(t) for t in stage["tasks"]))
         return {**stage, "tasks": tasks, "limit": 4, "max_new_tokens": 8, "batch_size": 4}
+    if kind == "export":
+        return {**stage, "calibrate": None}
     split = "sft" if kind == "sft" else "pretrain"
     sources = stage.get("data") or [{"path": f"builtin:world/{split}"}]
     stage = {**stage, "data": [_here(source, split) for source in sources]}

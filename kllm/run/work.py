@@ -1,4 +1,4 @@
-"""The work of each kind of stage, in this process: tokenizer, training, evaluation."""
+"""The work of each kind of stage, in this process: tokenizer, training, evaluation, export."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kllm.config.stages import EvalStage, TokenizerStage
+from kllm.config.stages import EvalStage, ExportStage, TokenizerStage
 from kllm.errors import UserError
 from kllm.run.context import StageContext
 
@@ -20,6 +20,10 @@ def do_work(ctx: StageContext) -> dict[str, Any]:
         return _tokenizer_stage(ctx, ctx.stage)
     if isinstance(ctx.stage, EvalStage):
         return _eval_stage(ctx, ctx.stage)
+    if isinstance(ctx.stage, ExportStage):
+        from kllm.run.export import export_stage
+
+        return export_stage(ctx, ctx.stage)
     from kllm.run.training import TrainingRun
 
     return TrainingRun(ctx).run()
@@ -54,7 +58,7 @@ def _eval_stage(ctx: StageContext, stage: EvalStage) -> dict[str, Any]:
     from kllm.train.device import make_runtime
 
     runtime = make_runtime(ctx.device)
-    model, tokenizer = load_model(ctx.inputs["model"], runtime.device)
+    model, tokenizer = load_model(ctx.inputs["model"], runtime.device, say=ctx.reporter.message)
     if tokenizer is None:
         raise UserError("the model has no tokenizer beside it", where=str(ctx.inputs["model"]))
     model.eval()

@@ -82,6 +82,10 @@ class Tokenizer:
             compile_template(text, where)
         return cls(read_source(path), text)
 
+    def with_chat_template(self, text: str) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        return Tokenizer(self._source, text)
+
     # ---- ids
 
     @property
@@ -145,6 +149,15 @@ class Tokenizer:
         """SHA-256 of everything that decides ids: the vocabulary, the template, the special tokens."""
         parts = [self._backend.to_str(), self.chat_template or "", json.dumps(self.role_tokens)]
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts the start token before a text."""
+        return self.encode_raw("", add_special_tokens=True)[:1] == [self.bos_token_id]
+
+    def spec(self) -> dict[str, Any]:
+        """tokenizer.json as data: vocabulary, merges, normalizer, pre_tokenizer, added_tokens, ..."""
+        return json.loads(self._backend.to_str())
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a vocabulary entry, as the file writes it."""
@@ -250,7 +263,7 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """A copy that knows no added tokens."""
-        spec = plain_spec(json.loads(self._backend.to_str()))
+        spec = plain_spec(self.spec())
         return _backend(json.dumps(spec), self._source.where)
 
     @cached_property

@@ -18,7 +18,7 @@ from support import kllm
 from kllm.errors import KllmError
 from kllm.export.hf import save_model
 from kllm.export.load import load_model
-from kllm.run.convert import Conversion, convert
+from kllm.run.convert import Conversion, HfOptions, convert
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.tokenizer.train import train_tokenizer
 
@@ -41,7 +41,7 @@ def test_the_command_writes_a_checked_copy(source: Path, tmp_path: Path) -> None
     assert "greedy tokens equal" in done.stdout
     assert same(source, tmp_path / "copy")
     card = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
-    assert "largest logit difference" in card
+    assert "logits differ by at most" in card
     again = kllm("convert", source, "copy", "--json", cwd=tmp_path, check=False)
     assert again.returncode == 2
     assert again.stderr.startswith("error: copy: is there already")
@@ -53,7 +53,7 @@ def test_the_command_writes_a_checked_copy(source: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_in_shards(source: Path, tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "half"
-    convert(Conversion(str(source), out, dtype=dtype, max_shard_bytes=20_000))
+    convert(Conversion(str(source), out, options=HfOptions(dtype=dtype, max_shard_bytes=20_000)))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(out.glob("model-*-of-*.safetensors"))
     assert len(files) > 2
@@ -167,7 +167,7 @@ def test_verifying_notices_a_config_that_lies(source: Path, tmp_path: Path, monk
         (["SRC", "out", "--rope-scaling", "yarn"], "--rope-scaling and --factor belong together"),
         (["SRC", "out", "--rope-scaling", "yarn", "--factor", "0.5"], "flag --factor: must be above 1"),
         (["SRC", "out", "--max-shard-size", "big"], "flag --max-shard-size"),
-        (["SRC", "SRC"], "source and result are the same folder"),
+        (["SRC", "SRC"], "source and result are the same"),
         (["SRC", "full"], "full: is there and holds no model"),
         (["SRC", "file"], "file: is a file"),
         (["SRC", "out", "--adapter", "nowhere"], "nowhere: no such adapter"),
