@@ -29,13 +29,18 @@ _TRAINING_FIELDS = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_type
 def shape_to_config(
     shape: ModelShape,
     *,
+    model_type: str | None = None,
     dtype: str = "float32",
     eos_token_id: int | None = 2,
     pad_token_id: int | None = 0,
     bos_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """The content of config.json; UserError when no architecture runs the shape exactly."""
-    model_type = hf_model_type(shape)
+    """The content of config.json; UserError when no architecture runs the shape exactly.
+
+    Args:
+        model_type: another one than `hf_model_type` gives, that runs the shape too (qwen2).
+    """
+    model_type = model_type or hf_model_type(shape)
     rope = dict(shape.rope_scaling or {})
     rope_type = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("rope_theta", None)
@@ -93,6 +98,8 @@ def _architecture_fields(shape: ModelShape, model_type: str) -> dict[str, Any]:
     }
     if model_type == "llama":
         return {"attention_bias": shape.attention_bias, "mlp_bias": False, "pretraining_tp": 1}
+    if model_type == "qwen2":
+        return sliding
     if model_type == "qwen3":
         return {**sliding, "attention_bias": False}
     if model_type == "qwen3_moe":

@@ -136,7 +136,7 @@ def size_label(model: Transformer) -> str:
     """1.1M, 135M, 1.2B; experts as 4x12M, as llama.cpp's own converter writes it."""
 
     def short(count: float) -> str:
-        scaled, unit = (count / 1e9, "B") if count >= 1e9 else (count / 1e6, "M")
+        scaled, unit = next((count / 10**n, u) for n, u in ((9, "B"), (6, "M"), (3, "K")) if count >= 10**n)
         return f"{scaled:.1f}{unit}" if scaled < 10 else f"{scaled:.0f}{unit}"
 
     total = model.num_parameters()

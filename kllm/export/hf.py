@@ -15,9 +15,10 @@ from kllm.export.config import config_to_shape, generation_config, shape_to_conf
 from kllm.export.mapping import state_to_hf
 from kllm.export.shards import save_tensors
 from kllm.files import new_directory, write_json
-from kllm.model.presets import ModelShape
+from kllm.model.presets import ModelShape, hf_model_type
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.tokenizer import Tokenizer
+from kllm.tokenizer.words import PATTERN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,11 +57,36 @@ def write_model_files(
     max_shard_bytes: int | None = None,
 ) -> None:
     """`save_model` into a directory that somebody else makes atomic (a checkpoint)."""
+    target = target_of(model.shape, tokenizer)
     tensors = {
         name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
-        for name, tensor in state_to_hf(model.state_dict(), model.shape).items()
+        for name, tensor in state_to_hf(model.state_dict(), model.shape, target).items()
     }
-    write_files(tensors, model.shape, tokenizer, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    write_files(
+        tensors,
+        model.shape,
+        tokenizer,
+        directory,
+        model_type=target,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def target_of(shape: ModelShape, tokenizer: Tokenizer | None) -> str:
+    """The model_type to write: a Qwen2 with Qwen's own tokenizer stays one.
+
+    With any other tokenizer it is a llama with biases: beside model_type qwen2 transformers 5 rebuilds
+    Qwen's normalizer and pattern from code, whatever tokenizer.json says.
+    """
+    target = hf_model_type(shape)
+    if target == "llama" and shape.attention_bias and shape.q_size == shape.hidden_size and tokenizer:
+        spec = tokenizer.spec()
+        normalizer = (spec.get("normalizer") or {}).get("type")
+        first = (spec.get("pre_tokenizer") or {}).get("pretokenizers", [{}])[0]
+        if normalizer == "NFC" and (first.get("pattern") or {}).get("Regex") == PATTERN:
+            return "qwen2"
+    return target
 
 
 def write_files(
@@ -70,6 +96,7 @@ def write_files(
     directory: Path,
     *,
     dtype: str,
+    model_type: str | None = None,
     max_shard_bytes: int | None = None,
     quantization_config: dict[str, Any] | None = None,
 ) -> None:
@@ -84,7 +111,8 @@ def write_files(
     pad = tokenizer.pad_token_id if tokenizer else 0
     bos = tokenizer.bos_token_id if tokenizer else None
     eos = tokenizer.eos_token_id if tokenizer else 2
-    config = shape_to_config(shape, dtype=dtype, eos_token_id=eos, pad_token_id=pad, bos_token_id=bos)
+    ids = {"eos_token_id": eos, "pad_token_id": pad, "bos_token_id": bos}
+    config = shape_to_config(shape, model_type=model_type, dtype=dtype, **ids)
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     write_json(directory / "config.json", config)

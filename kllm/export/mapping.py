@@ -20,9 +20,11 @@ _EXPERT = re.compile(r"(.*)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight$")
 _FUSED = re.compile(r"(.*)\.mlp\.experts\.(gate_up|gate|up|down)_proj$")
 
 
-def state_to_hf(state: dict[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Tensors of a Transformer under the names and forms of its Hugging Face architecture."""
-    model_type = hf_model_type(shape)
+def state_to_hf(
+    state: dict[str, Tensor], shape: ModelShape, model_type: str | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a Transformer under the names and forms of its Hugging Face architecture (or another's)."""
+    model_type = model_type or hf_model_type(shape)
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "lm_head.weight" and shape.tie_word_embeddings and not shape.is_moe:

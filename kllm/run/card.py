@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kllm.config.dump import dump_yaml
+from kllm.config.stages import ExportStage
 from kllm.files import write_text
 from kllm.observe import units
 from kllm.run.context import StageContext
@@ -32,6 +33,8 @@ def card(ctx: StageContext, status: Mapping[str, Any]) -> str:
     head = ["---", "library_name: transformers", "tags: [kllm]"]
     if ctx.kind != "tokenizer":
         head.insert(2, "pipeline_tag: text-generation")
+    if isinstance(ctx.stage, ExportStage) and ctx.stage.license:
+        head.append(f"license: {ctx.stage.license}")
     lines = [
         *head,
         "---",
@@ -121,7 +124,15 @@ def _use(ctx: StageContext) -> list[str]:
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
         "```",
     ]
-    return ["## Use", "", "`kllm chat THIS_FOLDER`, or:", "", *code, ""]
+    lines = ["## Use", "", "`kllm chat THIS_FOLDER`, or:", "", *code, ""]
+    if isinstance(ctx.stage, ExportStage) and ctx.stage.gguf:
+        file = f"{ctx.recipe.name}-{ctx.stage.gguf[0]}"
+        lines += ["With llama.cpp:", "", "```bash", f"llama-cli -m {file}.gguf -cnv", "```", ""]
+        if ctx.stage.ollama:
+            beside = "Modelfile" if len(ctx.stage.gguf) == 1 else f"{file}.Modelfile"
+            create = f"ollama create {ctx.recipe.name} -f {beside} && ollama run {ctx.recipe.name}"
+            lines += ["With ollama:", "", "```bash", create, "```", ""]
+    return lines
 
 
 def _number(value: Any) -> str | None:

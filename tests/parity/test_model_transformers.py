@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,31 @@ def test_config_round_trip() -> None:
 def test_configurations_without_exact_target_are_refused(changes: dict, word: str) -> None:
     with pytest.raises(UserError, match=word):
         hf_model_type(BASE.with_(**changes))
+
+
+def test_a_qwen2_with_its_own_tokenizer_stays_one(tmp_path: Path) -> None:
+    """With NFC and Qwen's pattern the class that transformers 5 rebuilds is the same tokenizer."""
+    from kllm.tokenizer.tokenizer import Tokenizer
+    from kllm.tokenizer.train import train_tokenizer
+
+    ours, _ = train_tokenizer(["some words 123 你好"] * 9, 300, max_bytes=10**6, min_frequency=1)
+    ours.save(tmp_path / "nfc")
+    spec = ours.spec() | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "nfc" / "tokenizer.json").write_text(json.dumps(spec))
+    qwen = Tokenizer.load(tmp_path / "nfc")
+    shape = SHAPES["llama-bias"].with_(vocab_size=ours.vocab_size)
+    model = random_model(shape)
+    for tokenizer, expected in ((qwen, "qwen2"), (ours, "llama")):
+        save_model(model, tokenizer, tmp_path / expected)
+        again, _ = load_model(tmp_path / expected)
+        assert again.shape == shape
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / expected).float().eval()
+        assert theirs.config.model_type == expected
+        tokens = torch.arange(3, 40)
+        with torch.no_grad():
+            difference = model.logits(model(tokens, torch.arange(37))) - theirs(tokens[None]).logits[0]
+        assert difference.abs().max() < 1e-4
+        read = transformers.AutoTokenizer.from_pretrained(tmp_path / expected)
+        for text in ("some 123 e\u0301", "words  你好\n\n x"):
+            assert read(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)

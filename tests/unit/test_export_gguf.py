@@ -134,7 +134,7 @@ def test_metadata(tokenizer: Tokenizer, tmp_path: Path) -> None:
         "general.name": "toy",
         "general.license": "mit",
         "general.languages": ["en", "zh"],
-        "general.size_label": "0.1M",
+        "general.size_label": "82K",
         "general.file_type": 1,
         "kllm.source": "runs/toy",
         "llama.context_length": 256,
