@@ -49,7 +49,7 @@ def run_perplexity(
         UserError: the file cannot be read, or holds no text to judge.
     """
     found = perplexity_of(
-        model, tokenizer, islice(read_texts(file), limit), seq_len=seq_len, batch_tokens=batch_tokens
+        model, tokenizer, islice(_texts(file), limit), seq_len=seq_len, batch_tokens=batch_tokens
     )
     if found is None:
         raise UserError("no text to judge", where=str(file))
@@ -94,8 +94,7 @@ def perplexity_of(
     }
 
 
-def read_texts(file: str | Path) -> Iterator[str]:
-    """The texts of any source; UserError with file:line for a row that is none."""
+def _texts(file: str | Path) -> Iterator[str]:
     for where, record in iter_records(file):
         try:
             found = normalise(record, "text")

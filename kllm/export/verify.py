@@ -76,8 +76,9 @@ def verify_quantised(
             raise KllmError(f"tensor {name} is not what was exported", where=str(directory))
     if export.scheme == "awq" or importlib.util.find_spec("compressed_tensors") is None:
         return {"reader": "kllm (its own unpacker)", "tensors_equal": len(again)}
-    reader, theirs = _load_theirs(directory)
-    return _compared(written, theirs, tokenizer, directory, reader)
+    with contextlib.redirect_stderr(io.StringIO()):  # unpacking shows bars of its own, as late as it can
+        reader, theirs = _load_theirs(directory)
+        return _compared(written, theirs, tokenizer, directory, reader)
 
 
 def _compared(
@@ -126,10 +127,9 @@ def _load_theirs(directory: Path) -> tuple[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     name = f"transformers {transformers.__version__}"
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # unpacking shows bars of its own
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-            )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
     except Exception as e:  # whatever it raises, the export failed
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise KllmError(f"{name} cannot load it: {reason}", where=str(directory)) from e

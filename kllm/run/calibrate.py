@@ -9,15 +9,17 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from kllm.data.sources import iter_records
+from kllm.data.texts import all_texts
 from kllm.errors import UserError
-from kllm.eval.perplexity import perplexity_of, read_texts
+from kllm.eval.perplexity import perplexity_of
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.tokenizer import Tokenizer
 
 BUILTIN = "builtin:world/pretrain"
 DOCUMENTS = 512
 CALIBRATION_TOKENS = 16_384
-MEASURED_TOKENS = 32_768
+MEASURED_TOKENS = 8_192
 ROW = 512
 
 
@@ -31,13 +33,14 @@ class Texts:
 
 
 def calibration_texts(source: str | None, tokenizer: Tokenizer, model: Transformer) -> Texts:
-    """Every other document of `source` (the built-in world without one) up to a few thousand tokens.
+    """Every other text of `source`, of any dialect (the built-in world without one), up to some tokens.
 
     Raises:
         UserError: nothing there, or no texts.
     """
     where = source or BUILTIN
-    texts = [t for t in islice(read_texts(where), DOCUMENTS) if t.strip()]
+    found = (text for _, record in iter_records(where) for text in all_texts(record))
+    texts = list(islice((t for t in found if t.strip()), DOCUMENTS))
     if not texts:
         raise UserError("no text to calibrate on", where=where)
     if len(texts) == 1:  # one long text: its halves

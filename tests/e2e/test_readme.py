@@ -68,6 +68,19 @@ def test_own_data_from_file_to_answer(lab: Path) -> None:
     assert (lab / "runs" / "chat" / "01-sft" / "final" / "model.safetensors").exists()
 
 
+def test_the_trained_model_goes_everywhere(lab: Path) -> None:
+    """The block of exports, word for word but for ollama, on the model of the block before."""
+    block = next(b for b in BLOCKS if "export-gguf" in b)
+    for line in block.splitlines():
+        if line.startswith("kllm "):
+            kllm(*shlex.split(line, comments=True)[1:], cwd=lab)
+    for made in ("my-model", "my-awq", "my-int8"):
+        assert (lab / made / "model.safetensors").is_file()
+    assert (lab / "model.pth").is_file()
+    modelfile = re.search(r"ollama create \S+ -f (\S+)", block)
+    assert modelfile is not None and (lab / modelfile[1]).is_file()
+
+
 @pytest.mark.parametrize("line", [c for c in COMMANDS if "chat" not in c.split()[1]], ids=lambda c: c[:40])
 def test_every_command_is_understood(line: str) -> None:
     words = shlex.split(line)[1:]
