@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from chat_support import TEXT, chat_model
+from model_support import BASE, random_model
 from safetensors.torch import load_file, save_file
 from support import kllm
 
@@ -248,3 +249,64 @@ def test_push_uploads_every_file(source: Path, tmp_path: Path, monkeypatch: pyte
     assert set(_Hub.files) == {file.name for file in (tmp_path / "out").iterdir()}
     assert _Hub.files["config.json"] == (tmp_path / "out" / "config.json").read_bytes()
     assert "Bearer hf_test" in _Hub.tokens
+
+
+@pytest.mark.parametrize("quant", ["awq", "int8", "int4"])
+def test_quantised_folders_say_what_they_cost(tmp_path: Path, quant: str) -> None:
+    wide = random_model(BASE.with_(vocab_size=330, intermediate_size=128))
+    tokenizer, _ = train_tokenizer(TEXT * 5, 320, max_bytes=1_000_000, min_frequency=1)
+    save_model(wide, tokenizer, tmp_path / "m")
+    group = [] if quant == "int8" else ["--group-size", "32"]
+    done = kllm("convert", "m", "out", "--quant", quant, *group, "--json", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert report["quant"] == quant and report["bytes"] < 200_000
+    cost = report["perplexity"]
+    assert cost["before"] != cost["after"] and abs(cost["after"] / cost["before"] - 1) < 0.2
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == (
+        "awq" if quant == "awq" else "compressed-tensors"
+    )
+    assert "verified" in report and "perplexity" in (tmp_path / "out" / "README.md").read_text()
+    again, _ = load_model(tmp_path / "out")  # every command takes it
+    for name, tensor in again.state_dict().items():
+        apart = (tensor - wide.state_dict()[name]).pow(2).mean().sqrt()
+        assert apart < 0.5 * wide.state_dict()[name].pow(2).mean().sqrt()
+
+
+def test_a_minimind_pth_round_trip_and_a_tokenizer_from_elsewhere(source: Path, tmp_path: Path) -> None:
+    done = kllm("convert", source, "m.pth", "--to", "torch", cwd=tmp_path)
+    assert "MiniMind's own code does not run it" in done.stderr  # the head is untied
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
+    back = kllm("convert", "m.pth", "hf", "--tokenizer", source, cwd=tmp_path)
+    assert "checked with transformers" in back.stdout
+    assert same(source, tmp_path / "hf")
+    bare = kllm("convert", "m.pth", "bare", cwd=tmp_path)
+    assert "no tokenizer is beside the model" in bare.stderr
+
+
+def test_an_adapter_is_kept_beside_the_model(source: Path, tmp_path: Path) -> None:
+    model, _ = load_model(source)
+    size = model.shape.hidden_size
+    pairs = {}
+    for layer in range(2):
+        for name in ("q_proj", "o_proj"):  # MiniMind adapts square layers only
+            stem = f"model.layers.{layer}.self_attn.{name}.lora"
+            pairs[f"{stem}.A.weight"] = torch.randn(2, size)
+            pairs[f"{stem}.B.weight"] = torch.randn(size, 2)
+    torch.save(pairs, tmp_path / "lora.pth")
+    kllm("convert", source, "both", "--adapter", "lora.pth", "--keep-adapter", "--no-verify", cwd=tmp_path)
+    kllm("convert", source, "merged", "--adapter", "lora.pth", "--no-verify", cwd=tmp_path)
+    kllm("convert", "lora.pth", "alone", "--to", "peft", "--base", "me/base", cwd=tmp_path)
+    assert same(source, tmp_path / "both")
+    config = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/base" and config["r"] == 2
+    merged = load_model(tmp_path / "merged")[0].state_dict()
+    name = "model.layers.1.self_attn.o_proj"
+    delta = pairs[f"{name}.lora.B.weight"] @ pairs[f"{name}.lora.A.weight"]
+    torch.testing.assert_close(merged[f"{name}.weight"], model.state_dict()[f"{name}.weight"] + delta)
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    for folder in (tmp_path / "both" / "adapter", tmp_path / "alone"):
+        theirs = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+        torch.testing.assert_close(theirs.state_dict()[f"{name}.weight"], merged[f"{name}.weight"])
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
