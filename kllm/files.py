@@ -48,21 +48,40 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data` in one step, its directory made if needed."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file that appears whole or not at all: write the yielded sibling; it is renamed at the end.
+
+    The sibling has the same suffix. An existing `path` is replaced; errors name `path`, not the sibling.
+    """
     with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        aside = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
         try:
-            with aside.open("wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
+            with _errors_name(path, aside):
+                yield aside
+            fsync_path(aside)
             aside.replace(path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
         fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path, aside: Path) -> Iterator[None]:
+    try:
+        yield
+    except KllmError as e:
+        if e.where is not None:
+            e.where = e.where.replace(str(aside), str(path))
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data` in one step, its directory made if needed."""
+    with new_file(path) as aside:
+        aside.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,7 +106,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
-            yield aside
+            with _errors_name(path, aside):
+                yield aside
             for file in sorted(aside.rglob("*")):
                 fsync_path(file)
             fsync_path(aside)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from kllm.errors import UserError
 
-KEYS = {
+
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+def _scaling(text: str) -> dict[str, Any]:
+    """MiniMind's own stretch, the one that its `inference_rope_scaling` turns on."""
+    from kllm.export.pth import MINIMIND_YARN
+
+    return {"yarn": MINIMIND_YARN}[text]
+
+
+KEYS: dict[str, Callable[[str], Any]] = {
     "num_attention_heads": int,
     "num_experts_per_tok": int,
-    "norm_topk_prob": bool,
+    "norm_topk_prob": _switch,
     "rope_theta": float,
+    "rope_scaling": _scaling,
     "rms_norm_eps": float,
     "max_position_embeddings": int,
 }
@@ -21,7 +35,9 @@ ASSUME = Annotated[
     typer.Option(
         "--assume",
         metavar="KEY=VALUE",
-        help=f"For a .pth, what no tensor tells: {', '.join(KEYS)}. Repeat for several.",
+        help="For a .pth, what no tensor tells: "
+        + ", ".join(KEYS).replace("rope_scaling", "rope_scaling (yarn: MiniMind's own)")
+        + ". Repeat for several.",
     ),
 ]
 
@@ -34,10 +50,7 @@ def assumptions(given: list[str] | None) -> dict[str, Any]:
         if not sign or key not in KEYS:
             raise UserError(f"{text!r}", where="flag --assume", hint=f"KEY=VALUE; keys: {', '.join(KEYS)}")
         try:
-            if KEYS[key] is bool:
-                found[key] = {"true": True, "false": False}[value.lower()]
-            else:
-                found[key] = KEYS[key](value)
+            found[key] = KEYS[key](value)
         except (ValueError, KeyError):
             raise UserError(f"{value!r} is no value of {key}", where="flag --assume") from None
     return found

@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kllm.errors import KllmError, UserError
 from kllm.export.pth import read_lora_pth
+from kllm.export.shards import save_tensor_file
 from kllm.files import new_directory, write_json
 from kllm.model.transformer import Transformer
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
+_ADAPTERS = "an adapter is a PEFT folder or a MiniMind LoRA .pth"
 _PREFIX = "base_model.model."
 _MERGEABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _EXPERT = re.compile(r"(.+\.mlp\.(?:shared_)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
@@ -61,7 +63,9 @@ def read_adapter(path: str | Path, head_dim: int | None = None) -> Adapter:
     """
     place = Path(path)
     if not place.exists():
-        raise UserError("no such adapter", where=str(path))
+        raise UserError("no such adapter", where=str(path), hint=_ADAPTERS)
+    if place.suffix in (".gguf", ".safetensors"):
+        raise UserError("not an adapter", where=str(path), hint=_ADAPTERS)
     if place.is_dir():
         return _read_peft(place)
     pairs = read_lora_pth(place, head_dim)
@@ -81,19 +85,7 @@ def merge_adapter(model: Transformer, path: str | Path) -> dict[str, Any]:
         modules merged, rank, scale.
     """
     adapter = read_adapter(path, model.shape.head_dim)
-    modules = dict(model.named_modules())
-    targets: dict[str, Tensor] = {}
-    for name, (a, b) in adapter.pairs.items():
-        weight = _weight(modules, name, model.shape.moe_intermediate_size)
-        if weight is None:
-            raise UserError(
-                f"the model has no linear layer {name}", where=str(path), hint="another base model?"
-            )
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-            raise UserError(
-                f"{name} is {tuple(weight.shape)}, the adapter's {b.shape[0], a.shape[1]}", where=str(path)
-            )
-        targets[name] = weight
+    targets = adapter_targets(model, adapter, str(path))
     halved = adapter.source == "peft" and not model.shape.shared_expert_gate
     for name, weight in targets.items():
         a, b = adapter.pairs[name]
@@ -102,6 +94,21 @@ def merge_adapter(model: Transformer, path: str | Path) -> dict[str, Any]:
             delta = delta / 2
         weight.copy_((weight.double() + delta.to(weight.device)).to(weight.dtype))
     return {"modules": len(adapter.pairs), "rank": adapter.rank, "scale": adapter.scale}
+
+
+def adapter_targets(model: Transformer, adapter: Adapter, where: str) -> dict[str, Tensor]:
+    """The weights that the adapter changes, by name; UserError when it is another model's."""
+    modules = dict(model.named_modules())
+    targets: dict[str, Tensor] = {}
+    for name, (a, b) in adapter.pairs.items():
+        weight = _weight(modules, name, model.shape.moe_intermediate_size)
+        if weight is None:
+            raise UserError(f"the model has no linear layer {name}", where=where, hint="another base model?")
+        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+            message = f"{name} is {tuple(weight.shape)}, the adapter's {b.shape[0], a.shape[1]}"
+            raise UserError(message, where=where, hint="another base model?")
+        targets[name] = weight
+    return targets
 
 
 def _weight(modules: Mapping[str, torch.nn.Module], name: str, width: int) -> Tensor | None:
@@ -162,7 +169,7 @@ def write_peft(
     if not pairs:
         raise UserError("no matrices to write", where=where)
     with new_directory(directory) as aside:
-        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensor_file(tensors, aside / "adapter_model.safetensors")
         write_json(aside / "adapter_config.json", _peft_config(sorted(targets), alpha, rank, base))
 
 
@@ -194,16 +201,21 @@ def _read_peft(directory: Path) -> Adapter:
         if rank < 1:
             raise ValueError
     except FileNotFoundError:
-        raise UserError("no adapter_config.json: not a PEFT adapter", where=str(directory)) from None
+        message = "no adapter_config.json: not a PEFT adapter"
+        raise UserError(message, where=str(directory), hint=_ADAPTERS) from None
+    except OSError as e:
+        raise UserError(f"cannot be read: {e.strerror}", where=str(where)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"broken JSON: {e}", where=str(where)) from None
+        raise UserError(f"broken JSON: {e}", where=str(where), hint="copy the file again") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError("r and lora_alpha must be numbers", where=str(where)) from None
     file = directory / "adapter_model.safetensors"
     try:
         tensors = load_file(file)
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(file), hint="copy the folder again") from None
     except (OSError, SafetensorError) as e:
-        raise KllmError(f"damaged adapter: {e}", where=str(file)) from None
+        raise KllmError(f"damaged adapter: {e}", where=str(file), hint="copy the file again") from None
     rslora = bool(config.get("use_rslora"))
     scale = _scale(alpha, rank, rslora) or 1.0
     pairs: Pairs = {}

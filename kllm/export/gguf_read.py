@@ -44,9 +44,9 @@ class GgufModel:
         """The model's shape, from the metadata and the names and sizes of the tensors."""
         names = {t.name for t in self._reader.tensors}
         sizes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in self._reader.tensors}
-        if "token_embd.weight" not in sizes:
+        if len(sizes.get("token_embd.weight", ())) != 2:
             raise UserError("no token_embd.weight: not a language model", where=str(self.path))
-        shape = _shape(self.fields, self.arch, sizes["token_embd.weight"][0], str(self.path))
+        shape = _shape(_Keys(self.fields, self.arch, str(self.path)), sizes["token_embd.weight"][0])
         if self.arch == "smollm3":
             fourth = tuple(i for i in range(shape.num_hidden_layers) if i % 4 == 3)
             shape = shape.with_(no_rope_layers=fourth)
@@ -69,12 +69,15 @@ class GgufModel:
                 continue
             try:
                 values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                value = torch.from_numpy(values.copy()).float()
             except NotImplementedError:
                 kind = tensor.tensor_type.name
                 raise UserError(f"tensor {tensor.name} is of type {kind}, which cannot be read",
                                 where=str(self.path)) from None  # fmt: skip
-            value = torch.from_numpy(values.copy()).float()
-            if self.arch in PAIRWISE and rotated(tensor.name):
+            except (ValueError, IndexError) as e:
+                raise KllmError(f"tensor {tensor.name} is damaged: {e}", where=str(self.path)) from None
+            pairs = self.arch in PAIRWISE and rotated(tensor.name)
+            if pairs and value.dim() and len(value) % shape.head_dim == 0:  # else its shape is refused later
                 value = to_halves(value, shape.head_dim)
             if native.endswith("shared_expert_gate.weight"):
                 value = value.reshape(1, -1)
@@ -127,9 +130,10 @@ def _opened(path: Path, size: int, _changed: int, where: str) -> GgufModel:
             raise UserError("not a GGUF file", where=where)
     try:
         reader = gguf.GGUFReader(path)
-        model = GgufModel(path, _Fields(reader.fields), reader)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as e:
-        raise KllmError(f"damaged or cut off: {e}", where=where, hint="copy the file again") from None
+        model = GgufModel(path, _Fields(reader.fields, where), reader)
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError):
+        # numpy's own words would tell nobody anything
+        raise KllmError("damaged or cut off", where=where, hint="copy the file again") from None
     if model.arch not in ARCHITECTURES:
         hint = f"known: {', '.join(ARCHITECTURES)}"
         raise UserError(f"architecture {model.arch!r} is not supported", where=where, hint=hint)
@@ -142,13 +146,18 @@ def _opened(path: Path, size: int, _changed: int, where: str) -> GgufModel:
 class _Fields(Mapping[str, Any]):
     """Keys of a file; a long list of tokens is turned into Python strings only when asked for."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
+        self._where = where
         self._fields = {name: field for name, field in fields.items() if not name.startswith("GGUF.")}
         self._read: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._read:
-            self._read[name] = self._fields[name].contents()
+            field = self._fields[name]
+            try:
+                self._read[name] = field.contents()
+            except (ValueError, IndexError):
+                raise KllmError(f"key {name} is damaged", self._where, "copy the file again") from None
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -158,47 +167,76 @@ class _Fields(Mapping[str, Any]):
         return len(self._fields)
 
 
-def _shape(fields: Mapping[str, Any], arch: str, rows: int, where: str) -> ModelShape:
-    def get(key: str, default: Any = None) -> Any:
-        value = fields.get(f"{arch}.{key}", default)
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of an architecture, checked when they are asked for."""
+
+    fields: Mapping[str, Any]
+    arch: str
+    where: str
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.fields.get(f"{self.arch}.{key}", default)
         if value is None:
-            raise UserError(f"key {arch}.{key} is missing", where=where)
+            raise UserError(f"key {self.arch}.{key} is missing", where=self.where)
         return value
 
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number; 0 only where that is the default."""
+        value = self.get(key, default)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        if not fits or (value == 0 and default != 0):
+            name = f"{self.arch}.{key}"
+            raise UserError(f"key {name} is {str(value)[:40]}, not a positive number", where=self.where)
+        return float(value)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        return int(self.number(key, default))
+
+
+def _shape(keys: _Keys, rows: int) -> ModelShape:
     for key in _SCALES:
-        if float(get(key, 1.0)) not in (0.0, 1.0):
-            raise UserError(f"{arch}.{key} is not 1: another architecture's arithmetic", where=where)
-    hidden, heads = int(get("embedding_length")), int(get("attention.head_count"))
-    head_dim = int(get("attention.key_length", 0) or get("rope.dimension_count", 0) or hidden // heads)
-    if int(get("rope.dimension_count", head_dim)) != head_dim:
-        raise UserError("partial rotary embedding is not supported", where=where)
+        if keys.get(key, 1.0) not in (0.0, 1.0):
+            message = f"{keys.arch}.{key} is not 1: another architecture's arithmetic"
+            raise UserError(message, where=keys.where)
+    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
+    head_dim = keys.count("attention.key_length", 0) or keys.count("rope.dimension_count", 0)
+    head_dim = head_dim or hidden // heads
+    if keys.count("rope.dimension_count", head_dim) != head_dim:
+        raise UserError("partial rotary embedding is not supported", where=keys.where)
     shape = ModelShape(
         vocab_size=rows,
         hidden_size=hidden,
-        intermediate_size=int(get("feed_forward_length")),
-        num_hidden_layers=int(get("block_count")),
+        intermediate_size=keys.count("feed_forward_length"),
+        num_hidden_layers=keys.count("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=int(get("attention.head_count_kv", heads)),
+        num_key_value_heads=keys.count("attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=shortest(float(get("attention.layer_norm_rms_epsilon"))),
-        rope_theta=shortest(float(get("rope.freq_base", 10000.0))),
-        rope_scaling=_scaling(get, fields, arch, where),
-        max_position_embeddings=int(get("context_length")),
+        rms_norm_eps=shortest(keys.number("attention.layer_norm_rms_epsilon")),
+        rope_theta=shortest(keys.number("rope.freq_base", 10000.0)),
+        rope_scaling=_scaling(keys),
+        max_position_embeddings=keys.count("context_length"),
     )
-    experts = int(get("expert_count", 0))
-    return shape if not experts else _with_experts(shape, experts, arch, get)
+    if heads % shape.num_key_value_heads or head_dim % 2 or not head_dim:
+        kv = shape.num_key_value_heads
+        raise UserError(f"{heads} heads of {head_dim}, {kv} key heads: no such attention", where=keys.where)
+    experts = keys.count("expert_count", 0)
+    return shape if not experts else _with_experts(shape, experts, keys)
 
 
-def _with_experts(shape: ModelShape, experts: int, arch: str, get: Any) -> ModelShape:
-    width = int(get("expert_feed_forward_length", shape.intermediate_size))
-    shared = int(get("expert_shared_feed_forward_length", 0))
+def _with_experts(shape: ModelShape, experts: int, keys: _Keys) -> ModelShape:
+    arch, chosen = keys.arch, keys.count("expert_used_count")
+    if chosen > experts:
+        raise UserError(f"{chosen} of {experts} experts for each token", where=keys.where)
+    width = keys.count("expert_feed_forward_length", shape.intermediate_size)
+    shared = keys.count("expert_shared_feed_forward_length", 0)
     if arch == "bailingmoe":
-        shared = int(get("expert_shared_count", 0)) * width
+        shared = keys.count("expert_shared_count", 0) * width
     whole = shared % width == 0 and arch != "qwen2moe"
-    renormalised = {"qwen2moe": False, "bailingmoe": bool(get("expert_weights_norm", False))}
+    renormalised = {"qwen2moe": False, "bailingmoe": bool(keys.get("expert_weights_norm", False))}
     return shape.with_(
         num_experts=experts,
-        num_experts_per_tok=int(get("expert_used_count")),
+        num_experts_per_tok=chosen,
         moe_intermediate_size=width,
         norm_topk_prob=renormalised.get(arch, True),
         num_shared_experts=shared // width if whole else 0,
@@ -216,22 +254,22 @@ def shortest(value: float) -> float:
     return value
 
 
-def _scaling(get: Any, fields: Mapping[str, Any], arch: str, where: str) -> dict[str, Any] | None:
-    kind = get("rope.scaling.type", "none")
+def _scaling(keys: _Keys) -> dict[str, Any] | None:
+    kind = keys.get("rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise UserError(f"rope scaling {kind!r} is not supported", where=where)
-    factor = shortest(float(get("rope.scaling.factor")))
+        raise UserError(f"rope scaling {kind!r} is not supported", where=keys.where)
+    factor = shortest(keys.number("rope.scaling.factor"))
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "linear":
         return scaling
-    scaling["original_max_position_embeddings"] = int(get("rope.scaling.original_context_length"))
+    scaling["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
     for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-        value = float(get(f"rope.scaling.yarn_{key}", usual))
+        value = keys.number(f"rope.scaling.yarn_{key}", usual)
         if value != usual:
             scaling[key] = value
-    multiplier = fields.get(f"{arch}.rope.scaling.attn_factor")
-    if multiplier is not None:
-        scaling["attention_factor"] = shortest(float(multiplier) * (1 + 0.1 * math.log(factor)))
+    if f"{keys.arch}.rope.scaling.attn_factor" in keys.fields:
+        multiplier = keys.number("rope.scaling.attn_factor")
+        scaling["attention_factor"] = shortest(multiplier * (1 + 0.1 * math.log(factor)))
     return scaling

@@ -152,20 +152,22 @@ def tokenizer_from_metadata(fields: Mapping[str, Any], where: str) -> Tokenizer:
     tokens, kind = ggml.get("tokens"), ggml.get("model")
     if not tokens:
         raise UserError("no tokenizer in the GGUF file", where=where, hint="give one: --tokenizer DIR")
-    types = ggml.get("token_type") or [NORMAL] * len(tokens)
-    if kind == "gpt2":
-        spec = _bpe(tokens, types, ggml, where)
-    elif kind == "llama":
-        spec = _sentencepiece(tokens, types, ggml)
-    else:
-        raise UserError(
-            f"a tokenizer of type {kind!r} cannot be rebuilt from GGUF",
-            where=where,
-            hint="give the original: --tokenizer DIR",
-        )
+    hint = "give the original: --tokenizer DIR"
+    if kind not in ("gpt2", "llama"):
+        message = f"a tokenizer of type {kind!r} cannot be rebuilt from GGUF"
+        raise UserError(message, where=where, hint=hint)
+    try:
+        types = ggml.get("token_type") or [NORMAL] * len(tokens)
+        rebuild = _bpe if kind == "gpt2" else _sentencepiece
+        spec, config = rebuild(tokens, types, ggml, where), _config(tokens, ggml)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        message = "the lists of its tokenizer do not fit together"
+        raise UserError(message, where=where, hint=hint) from None
     template = fields.get("tokenizer.chat_template")
-    source = Source(where, json.dumps(spec, ensure_ascii=False), _config(tokens, ggml), template or None)
-    return Tokenizer(source)
+    try:
+        return Tokenizer(Source(where, json.dumps(spec, ensure_ascii=False), config, template or None))
+    except UserError as e:  # its own words name a tokenizer.json
+        raise UserError(f"its tokenizer cannot be rebuilt: {e.message}", where=where, hint=hint) from None
 
 
 def _config(tokens: list[str], ggml: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +231,9 @@ def _split_merge(merge: str) -> list[str]:
     return [left, right]
 
 
-def _sentencepiece(tokens: list[str], types: list[int], ggml: Mapping[str, Any]) -> dict[str, Any]:
+def _sentencepiece(
+    tokens: list[str], types: list[int], ggml: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece BPE: every way to halve a token is a merge, best scores first."""
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     scores = ggml.get("scores") or [0.0] * len(tokens)

@@ -6,8 +6,7 @@ f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 and q5_1 are quantised by the gguf packag
 
 from __future__ import annotations
 
-import contextlib
-import os
+import errno
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from kllm.config.parts import GgufType
-from kllm.errors import UserError
+from kllm.errors import KllmError, UserError
 from kllm.export.gguf_names import OWN_OUTPUT, gguf_arch, hyperparameters, tensors
 from kllm.export.gguf_tokens import tokenizer_metadata
 from kllm.export.kquants import choose_type
 from kllm.export.kquants import quantize as quantize_k
-from kllm.files import fsync_path, io_errors
+from kllm.files import new_file
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.tokenizer import Tokenizer
@@ -35,6 +34,8 @@ _FILE_TYPES = {
     "bf16": "MOSTLY_BF16",
     **{name: f"MOSTLY_{name.upper()}" for name in QUANTS[3:]},
 }
+_LARGEST = 65504.0
+"""Of float16, in which quantised blocks keep their scales."""
 _K_MIXES = ("q4_k_m", "q5_k_m", "q6_k")
 
 
@@ -86,9 +87,7 @@ def write_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, quant: str,
     shape = model.shape
     arch = gguf_arch(shape)
     keys = tokenizer_metadata(tokenizer, shape.vocab_size)
-    with io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with new_file(path) as aside:
         writer = gguf.GGUFWriter(aside, arch)
         try:
             _add_general(writer, info, quant, model)
@@ -96,20 +95,15 @@ def write_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, quant: str,
                 _add(writer, f"{arch}.{name}", value)
             for name, value in keys.items():
                 _add(writer, name, value)
-            types = _add_tensors(writer, model, arch, quant)
+            types = _add_tensors(writer, model, arch, quant, str(path))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        except OSError as e:  # numpy counts what was written and keeps the reason to itself
+            raise e if e.errno else OSError(errno.ENOSPC, str(e)) from None
+        finally:
             writer.close()
-            fsync_path(aside)
-            size = aside.stat().st_size
-            aside.replace(path)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                writer.close()
-            aside.unlink(missing_ok=True)
-            raise
-        fsync_path(path.parent)
+        size = aside.stat().st_size
     return GgufFile(path, quant, arch, size, dict(types))
 
 
@@ -161,13 +155,16 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tensors(writer: Any, model: Transformer, arch: str, quant: str) -> Counter[str]:
+def _add_tensors(writer: Any, model: Transformer, arch: str, quant: str, where: str) -> Counter[str]:
     import gguf
 
     types: Counter[str] = Counter()
     shape = model.shape
     for name, tensor in tensors(dict(model.state_dict()), shape, arch):
         kind = tensor_type(name, tensor, quant, shape, arch)
+        if kind not in ("f32", "bf16") and not tensor.abs().max() <= _LARGEST:  # NaN neither
+            message = f"tensor {name} has values that {kind} cannot hold"
+            raise KllmError(message, where=where, hint="--quant bf16")
         data = _quantised(tensor, kind)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
         types[kind] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.tokenizer.words import PATTERN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOATS = (*DTYPES.values(), torch.float64)
 
 
 def save_model(
@@ -62,6 +64,10 @@ def write_model_files(
         name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
         for name, tensor in state_to_hf(model.state_dict(), model.shape, target).items()
     }
+    for name, tensor in tensors.items() if dtype == "float16" else ():
+        if not tensor.isfinite().all():
+            message = f"tensor {name} has values that float16 cannot hold"
+            raise KllmError(message, where=str(directory), hint="--dtype bfloat16")
     write_files(
         tensors,
         model.shape,
@@ -125,11 +131,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory."""
     file = directory / "config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError("no config.json: not a model directory", where=str(directory)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"broken JSON: {e}", where=str(file)) from None
+    except ValueError as e:
+        raise UserError(f"broken JSON: {e}", where=str(file), hint="copy the file again") from None
+    except OSError as e:
+        raise UserError(f"cannot be read: {e.strerror}", where=str(file)) from None
+    if not isinstance(config, dict):
+        raise UserError("not a JSON object", where=str(file))
     return config
 
 
@@ -140,10 +150,11 @@ def read_shape(directory: Path) -> ModelShape:
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, its shards, or pytorch_model*.bin (weights only)."""
-    files = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    files = _weight_files(directory, "model", ".safetensors")
+    files = files or _weight_files(directory, "pytorch_model", ".bin")
     if not files:
-        raise UserError("no model.safetensors: not a model directory", where=str(directory))
-    _all_shards(directory, files)
+        hint = "weights are in model.safetensors or pytorch_model.bin"
+        raise UserError("no model.safetensors: not a model directory", where=str(directory), hint=hint)
     tensors: dict[str, Tensor] = {}
     for file in files:
         if file.suffix == ".bin":
@@ -159,17 +170,24 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _all_shards(directory: Path, files: list[Path]) -> None:
-    """A shard that the index names and that is not there is a download cut short."""
-    index = directory / f"{files[0].name.split('-')[0].split('.')[0]}{files[0].suffix}.index.json"
-    if len(files) == 1 and not index.is_file():
-        return
+def _weight_files(directory: Path, stem: str, suffix: str) -> list[Path]:
+    """The whole file, else the shards of its index, else what looks like shards; no copies in other types."""
+    if (whole := directory / f"{stem}{suffix}").exists():
+        return [whole]
+    names = [file.name for file in directory.glob(f"{stem}-*{suffix}")]
+    names = names or [file.name for file in directory.glob(f"{stem}*{suffix}")]
+    count = re.search(r"-of-(\d+)\.", names[0]) if names else None
     try:
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError):
-        return
-    if gone := sorted(wanted - {file.name for file in files}):
-        raise UserError(f"{gone[0]} is missing ({len(gone)} of {len(wanted)} files)", where=str(directory))
+        index = json.loads((directory / f"{stem}{suffix}.index.json").read_text(encoding="utf-8"))
+        wanted = {Path(name).name for name in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the names say how many there are
+        wanted = set(names)
+        if count and len(names) < int(count[1]):
+            wanted |= {f"one of {int(count[1])} weight files"}
+    if gone := sorted(name for name in wanted if not (directory / name).is_file()):
+        message = f"{gone[0]} is missing ({len(wanted) - len(gone)} files are here)"
+        raise UserError(message, where=str(directory), hint="copy the folder again")
+    return [directory / name for name in sorted(wanted)]
 
 
 def check_state(state: dict[str, Tensor], model: Transformer, where: str) -> None:
@@ -177,11 +195,17 @@ def check_state(state: dict[str, Tensor], model: Transformer, where: str) -> Non
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
-            raise UserError(f"tensor {name} is missing", where=where)
+            raise UserError(
+                f"tensor {name} is missing", where=where, hint="not whole, or another architecture"
+            )
         if tuple(state[name].shape) != tuple(tensor.shape):
             raise UserError(
                 f"tensor {name} has shape {tuple(state[name].shape)}, the config says {tuple(tensor.shape)}",
                 where=where,
+                hint="another model's config?",
             )
+        if state[name].dtype not in _FLOATS:
+            kind = str(state[name].dtype).removeprefix("torch.")
+            raise UserError(f"tensor {name} is {kind}, not plain floats", where=where)
     if extra := sorted(set(state) - set(expected)):
         raise UserError(f"unknown tensor {extra[0]}", where=where, hint="not an architecture kllm knows")

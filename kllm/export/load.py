@@ -48,6 +48,9 @@ def load_model(
     """
     place = resolve(path)
     state, shape = _read(place, assume or {}, say or (lambda line: None))
+    if shape.num_hidden_layers > len(state):  # also keeps a broken number from costing minutes
+        message = f"{shape.num_hidden_layers} layers, but {len(state)} tensors in all"
+        raise UserError(message, where=str(place), hint="not whole, or another architecture")
     with torch.device("meta"):
         model = Transformer(shape)
     check_state(state, model, str(place))
@@ -58,13 +61,25 @@ def load_model(
     model = model.to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model, tokenizer_of(place) if tokenizer else None
+    return model, _own_tokenizer(place, shape.vocab_size) if tokenizer else None
+
+
+def _own_tokenizer(place: Path, rows: int) -> Tokenizer | None:
+    found = tokenizer_of(place)
+    if found is not None and found.vocab_size > rows:
+        raise UserError(
+            f"its tokenizer has {found.vocab_size:,} tokens, the model {rows:,} rows",
+            where=str(place),
+            hint=f"kllm convert {place} OUT --tokenizer {place} adds the rows",
+        )
+    return found
 
 
 def _read(place: Path, assume: Mapping[str, Any], say: Say) -> tuple[State, ModelShape]:
     kind = source_kind(place)
     if kind != "pth" and assume:
-        raise UserError(f"{next(iter(assume))} is in the model's own files", where=str(place))
+        message = f"{next(iter(assume))} is in the model's own files"
+        raise UserError(message, where=str(place), hint="leave --assume out; it is for a .pth")
     if kind == "gguf":
         return _read_gguf(place)
     if kind == "pth":
@@ -75,7 +90,10 @@ def _read(place: Path, assume: Mapping[str, Any], say: Say) -> tuple[State, Mode
             say(f"{place.name}: assumed {line}")
         return found.state, found.shape
     config, tensors = read_config(place), read_tensors(place)
-    if quantization := config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise UserError("quantization_config is not a JSON object", where=str(place / "config.json"))
+    if quantization:
         from kllm.export.quantized import dequantize_tensors
 
         tensors = dequantize_tensors(tensors, quantization, str(place))

@@ -78,11 +78,15 @@ def hf_to_state(
             experts.setdefault(key, {})[int(match.group(2))] = tensor
         elif name.endswith(".mlp.experts.gate_up_proj"):
             stem = name.removesuffix("gate_up_proj")
+            if tensor.dim() != 3 or tensor.shape[1] % 2:
+                raise UserError(f"tensor {name} has shape {tuple(tensor.shape)}", where=where)
             state[stem + "gate_proj"], state[stem + "up_proj"] = tensor.chunk(2, dim=1)
         else:
             state[name] = tensor
     for (prefix, part), by_number in experts.items():
         stacked = [by_number[e] for e in sorted(by_number)]
+        if len(sizes := {tuple(t.shape) for t in stacked}) > 1:
+            raise UserError(f"the experts' {part} in {prefix} have shapes {sorted(sizes)}", where=where)
         state[f"{prefix}.mlp.experts.{part}"] = torch.stack(stacked)
     shape = _drop_neutral(state, shape, where)
     return state, shape
@@ -98,7 +102,8 @@ def _canonical(name: str) -> str:
 def _drop_neutral(state: dict[str, Tensor], shape: ModelShape, where: str) -> ModelShape:
     for name in [n for n in state if n.endswith("o_proj.bias")]:
         if state.pop(name).any():
-            raise UserError("a bias on o_proj that is not zero cannot be represented", where=where)
+            hint = "kllm's attention has no bias there"
+            raise UserError(f"{name} is not zero: it cannot be represented", where=where, hint=hint)
     gates = [n for n in state if n.endswith("shared_expert_gate.weight")]
     if gates and not any(state[n].any() for n in gates):  # kllm's own gateless shared expert
         for name in gates:

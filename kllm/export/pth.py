@@ -8,7 +8,6 @@ state dict's `_metadata`. Nothing but tensors and plain containers is ever unpic
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -33,7 +32,7 @@ from kllm.export.pth_names import (
     strip,
 )
 from kllm.export.pth_shape import Inferred, check_assume, infer_shape, parse_config
-from kllm.files import fsync_path, io_errors
+from kllm.files import new_file
 from kllm.model.presets import ModelShape, hf_model_type
 from kllm.model.transformer import Transformer
 
@@ -249,22 +248,22 @@ def write_pth(model: Transformer, path: Path, dtype: str = "float32") -> None:
     for name, tensor in _named(model):
         state[name] = tensor.detach().to("cpu", DTYPES[dtype], copy=True).contiguous()
         if not torch.isfinite(state[name]).all():
-            raise KllmError(f"tensor {name} has values that {dtype} cannot hold", where=where)
+            message = f"tensor {name} has values that {dtype} cannot hold"
+            raise KllmError(message, where=where, hint="--dtype bfloat16")
     # torch unpickles an OrderedDict's attributes; load_state_dict looks up only modules' paths in this one
     vars(state)["_metadata"] = {"": {"version": 1}, "kllm": json.dumps(model.shape.to_dict())}
-    with io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        try:
-            with aside.open("wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            aside.replace(path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        fsync_path(path.parent)
+    with new_file(path) as aside:
+        _save(state, aside)
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    try:
+        with path.open("wb") as file:  # given a name, torch hides why it failed
+            torch.save(state, file)
+    except RuntimeError as e:  # its writer stumbles over what the file had said
+        if isinstance(e.__context__, OSError):
+            raise e.__context__ from None
+        raise
 
 
 def _named(model: Transformer) -> Iterator[tuple[str, Tensor]]:

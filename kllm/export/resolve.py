@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from kllm.errors import UserError
@@ -33,8 +32,11 @@ def _last_stage(run_dir: Path) -> Path | None:
     return None
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, *, weights: bool = True) -> Path:
     """What holds the model behind a run, a stage, a checkpoint, a folder, a file or a hub id.
+
+    Args:
+        weights: False fetches no more than the config of a hub id.
 
     Returns:
         A Hugging Face directory, or a file of one of the kinds `MODEL_FILES`.
@@ -44,7 +46,7 @@ def resolve(path: str | Path) -> Path:
     """
     place = Path(path).expanduser()
     if not place.exists():
-        return _from_hub(str(path))
+        return _from_hub(str(path), "model" if weights else "config")
     if place.is_file():
         if place.suffix in MODEL_FILES:
             return place
@@ -79,7 +81,7 @@ def resolve_tokenizer(path: str | Path) -> Path:
     """
     place = Path(path).expanduser()
     if not place.exists():
-        return _from_hub(str(path))
+        return _from_hub(str(path), "tokenizer")
     for candidate in (place, place / "final"):
         if (candidate / "tokenizer.json").exists() or (candidate / "vocab.json").exists():
             return candidate
@@ -98,30 +100,18 @@ def resolve_tokenizer(path: str | Path) -> Path:
 def tokenizer_beside(place: Path) -> Path | None:
     """The tokenizer directory of a model: itself, or near a model file (MiniMind has it in ../model)."""
     folders = [place] if place.is_dir() else [place.parent, place.parent.parent / "model"]
-    return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+    return next((folder for folder in folders if _has_tokenizer(folder)), None)
 
 
-def _from_hub(name: str) -> Path:
-    """OWNER/NAME, or one file of it, OWNER/NAME/FILE.gguf, fetched into the hub's own cache."""
-    known = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+\.gguf))?", name)
-    if known is None or name.startswith((".", "/")) or name.endswith(MODEL_FILES[1:]):
-        raise UserError("no such file or directory", where=name)
-    try:
-        from huggingface_hub import hf_hub_download, snapshot_download
-    except ImportError:
-        raise UserError(
-            "no such directory, and hub ids need huggingface_hub",
-            where=name,
-            hint="pip install 'kllm[hub]', or give a local directory",
-        ) from None
-    try:
-        if known[2]:
-            return Path(hf_hub_download(known[1], known[2]))
-        patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
-        place = Path(snapshot_download(name, allow_patterns=patterns))
-        if (place / "config.json").exists() and not any(place.glob("*.safetensors")):
-            place = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
-        return place
-    except Exception as e:  # the hub raises many kinds; all mean the same to the user
-        reason = str(e).splitlines()[0][:200]
-        raise UserError(f"no such directory, and the hub gave: {reason}", where=name) from None
+def _has_tokenizer(folder: Path) -> bool:
+    pair = ("vocab.json", "merges.txt")  # GPT-2's form
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in pair)
+
+
+def _from_hub(name: str, what: str) -> Path:
+    """OWNER/NAME[@REVISION], or one file of it, OWNER/NAME/FILE.gguf, fetched into the hub's own cache."""
+    if name.endswith(MODEL_FILES[1:]):
+        raise UserError("no such file or directory", where=name, hint="check the path")
+    from kllm.export.hub import fetch
+
+    return fetch(name, what)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +37,12 @@ def save_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: i
 
 def save_tensor_file(tensors: dict[str, Tensor], path: Path) -> None:
     """One safetensors file with the permissions of any other new file."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:  # a full disk is told in words alone
+        if match := re.search(r"\(os error (\d+)\)", str(e)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
+        raise
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # the library makes it readable to its owner alone

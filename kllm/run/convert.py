@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kllm.errors import KllmError, UserError
+from kllm.errors import UserError
 from kllm.export import hub
 from kllm.export.load import load_model
 from kllm.export.resolve import resolve
-from kllm.export.tokenizers import load_tokenizer
-from kllm.files import new_directory
+from kllm.export.tokenizers import load_tokenizer, tokenizer_of
+from kllm.files import new_directory, new_file
 from kllm.model.transformer import Transformer
 from kllm.run.exportcard import export_card
-from kllm.run.hffolder import HfOptions, hf_folder, placed
+from kllm.run.hffolder import HfOptions, hf_folder
 from kllm.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -56,17 +57,19 @@ def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
     report: dict[str, Any] = {"source": job.source, "out": str(job.out), "to": job.to}
     if job.to == "peft":
         return report | _peft(job)
-    model, tokenizer = load_model(job.source, assume=job.assume, say=say)
+    place = resolve(job.source)
+    model, tokenizer = load_model(place, assume=job.assume, tokenizer=_wants_tokenizer(job), say=say)
+    if job.tokenizer is not None:
+        tokenizer = _replaced_tokenizer(place, say)
     model, tokenizer = _change(job, model.eval(), tokenizer, report)
+    if job.options.quant is not None and tokenizer is None:
+        raise UserError("quantising needs a tokenizer, to read texts", job.source, "--tokenizer DIR")
     if job.to == "torch":
-        return report | _torch(job, model)
+        return report | _torch(job, model, say)
     with new_directory(job.out) as aside:
-        try:
-            report |= hf_folder(model, tokenizer, aside, job.options, say)
-            if job.adapter is not None and job.keep_adapter:
-                report["adapter"] = _keep_adapter(job, model, aside / "adapter")
-        except KllmError as e:
-            raise placed(e, aside, job.out) from None
+        report |= hf_folder(model, tokenizer, aside, job.options, say)
+        if job.adapter is not None and job.keep_adapter:
+            report["adapter"] = _keep_adapter(job, model, aside / "adapter")
         card = export_card(job.out.name, job.source, report)
         (aside / "README.md").write_text(card, encoding="utf-8")
     if change := report.get("vocabulary"):
@@ -74,6 +77,20 @@ def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
     if job.push is not None:
         report["pushed"] = hub.push(job.out, job.push, private=job.private)
     return report
+
+
+def _wants_tokenizer(job: Conversion) -> bool:
+    """The source's own is read, and refused when it is broken, only if it goes into the result."""
+    return job.to != "torch" and job.tokenizer is None
+
+
+def _replaced_tokenizer(place: Path, say: Say) -> Tokenizer | None:
+    """The source's own tokenizer, which tells the rows to keep; a broken one is what --tokenizer cures."""
+    try:
+        return tokenizer_of(place)
+    except UserError as e:
+        say(f"rows are kept as they are, for the model's own tokenizer cannot be read: {e}")
+        return None
 
 
 def _check(job: Conversion) -> None:
@@ -90,8 +107,12 @@ def _check(job: Conversion) -> None:
     if job.options.quant is not None and job.to not in ("hf", "kllm"):
         raise UserError(f"--quant is of a Hugging Face folder, not of --to {job.to}", where="flag --quant")
     source = Path(job.source)
-    if source.exists() and job.out.exists() and _place(job) == job.out.resolve():
-        raise UserError("source and result are the same", where=str(job.out))
+    if source.exists() and job.out.exists():
+        place, out = _place(job), job.out.resolve()
+        if place == out:
+            raise UserError("source and result are the same", where=str(job.out), hint="name another OUT")
+        if out in place.parents:  # it would be replaced, source and all
+            raise UserError(f"the source {job.source} lies in it", str(job.out), hint="name another OUT")
     if job.to == "torch":
         _check_file(job)
     else:
@@ -112,7 +133,7 @@ def _check_file(job: Conversion) -> None:
 
 def _check_folder(job: Conversion) -> None:
     if job.out.is_file():
-        raise UserError("is a file; a directory is written", where=str(job.out))
+        raise UserError("is a file; a directory is written", where=str(job.out), hint="name a new folder")
     if job.out.is_dir() and any(job.out.iterdir()):
         marks = ("config.json", "adapter_config.json")
         if not any((job.out / mark).is_file() for mark in marks):  # never replace what is no model
@@ -124,10 +145,13 @@ def _check_folder(job: Conversion) -> None:
 def _change(
     job: Conversion, model: Transformer, tokenizer: Tokenizer | None, report: dict[str, Any]
 ) -> tuple[Transformer, Tokenizer | None]:
-    if job.adapter is not None and not job.keep_adapter:
-        from kllm.export.adapter import merge_adapter
+    if job.adapter is not None:
+        from kllm.export.adapter import adapter_targets, merge_adapter, read_adapter
 
-        report["merged"] = merge_adapter(model, job.adapter)
+        if job.keep_adapter:  # written at the end, refused now
+            adapter_targets(model, read_adapter(job.adapter, model.shape.head_dim), job.adapter)
+        else:
+            report["merged"] = merge_adapter(model, job.adapter)
     if job.tokenizer is not None:
         new = load_tokenizer(job.tokenizer)
         if tokenizer is None:  # weights alone: the tokenizer they were trained with
@@ -146,7 +170,9 @@ def _change(
 def _fits(tokenizer: Tokenizer, model: Transformer, where: str) -> None:
     if tokenizer.vocab_size > model.shape.vocab_size:
         raise UserError(
-            f"has {tokenizer.vocab_size:,} tokens, the model {model.shape.vocab_size:,} rows", where=where
+            f"has {tokenizer.vocab_size:,} tokens, the model {model.shape.vocab_size:,} rows",
+            where=where,
+            hint="give the one that the model was trained with",
         )
 
 
@@ -164,21 +190,20 @@ def _stretch(model: Transformer, kind: str, factor: float) -> Transformer:
     return longer.eval()
 
 
-def _torch(job: Conversion, model: Transformer) -> dict[str, Any]:
+def _torch(job: Conversion, model: Transformer, say: Say) -> dict[str, Any]:
     """A .pth, read again and compared bit by bit."""
-    from kllm.export.pth import write_pth
+    from kllm.export.pth import minimind_config, write_pth
     from kllm.export.verify import same_weights
 
-    aside = job.out.with_name(f".{job.out.stem}.unverified.pth")
-    try:
+    with new_file(job.out) as aside:
         write_pth(model, aside, job.options.dtype)
         if job.options.verify is not False:
             same_weights(model, load_model(aside, tokenizer=False)[0], job.options.dtype, job.out)
-        aside.replace(job.out)
-    except KllmError as e:
-        raise placed(e, aside, job.out) from None
-    finally:
-        aside.unlink(missing_ok=True)
+    try:
+        generation, config = minimind_config(model.shape)
+        say(f"{generation} runs it with {json.dumps(config)}")
+    except UserError as e:
+        say(f"MiniMind's own code does not run it: {e.message}")
     return {
         "parameters": model.num_parameters(),
         "dtype": job.options.dtype,
@@ -204,7 +229,6 @@ def _keep_adapter(job: Conversion, model: Transformer, directory: Path) -> str:
     assert job.adapter is not None
     given = Path(job.adapter)
     if given.is_dir():
-        read_adapter(given)  # refuses what is no adapter
         shutil.copytree(given, directory)
     else:
         adapter = read_adapter(given, model.shape.head_dim)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kllm.config.stages import ExportStage
-from kllm.errors import KllmError, UserError
+from kllm.errors import UserError
 from kllm.export.gguf_write import GgufInfo
 from kllm.export.load import load_model
 from kllm.files import new_directory
@@ -14,7 +14,7 @@ from kllm.observe import units
 from kllm.run.context import StageContext
 from kllm.run.exportcard import gguf_check, hf_check
 from kllm.run.gguf import gguf_files
-from kllm.run.hffolder import HfOptions, hf_folder, placed
+from kllm.run.hffolder import HfOptions, hf_folder
 
 
 def export_stage(ctx: StageContext, stage: ExportStage) -> dict[str, Any]:
@@ -32,26 +32,23 @@ def export_stage(ctx: StageContext, stage: ExportStage) -> dict[str, Any]:
     rows: list[dict[str, str]] = []
     reports: dict[str, Any] = {}
     with new_directory(ctx.final_dir) as aside:
-        try:
-            if stage.hf:
-                options = HfOptions(
-                    dtype=stage.dtype, quant=stage.quant, calibrate=stage.calibrate, verify=stage.verify
-                )
-                reports["hf"] = hf_folder(model, tokenizer, aside, options, say)
-                rows.append(_hf_row(reports["hf"]))
-            if stage.gguf:
-                info = GgufInfo(name, license=stage.license or "", source=f"{name} (seed {ctx.seed})")
-                paths: dict[str, Path] = {kind: aside / f"{name}-{kind}.gguf" for kind in stage.gguf}
-                reports["gguf"] = gguf_files(
-                    model, tokenizer, paths, info, say, ollama=stage.ollama, verify=stage.verify
-                )
-                for file in reports["gguf"]["files"]:
-                    file["path"] = str(ctx.final_dir / Path(file["path"]).name)
-                    if "modelfile" in file:
-                        file["modelfile"] = str(ctx.final_dir / Path(file["modelfile"]).name)
-                    rows.append(_gguf_row(file))
-        except KllmError as e:
-            raise placed(e, aside, ctx.final_dir) from None
+        if stage.hf:
+            options = HfOptions(
+                dtype=stage.dtype, quant=stage.quant, calibrate=stage.calibrate, verify=stage.verify
+            )
+            reports["hf"] = hf_folder(model, tokenizer, aside, options, say)
+            rows.append(_hf_row(reports["hf"]))
+        if stage.gguf:
+            info = GgufInfo(name, license=stage.license or "", source=f"{name} (seed {ctx.seed})")
+            paths: dict[str, Path] = {kind: aside / f"{name}-{kind}.gguf" for kind in stage.gguf}
+            reports["gguf"] = gguf_files(
+                model, tokenizer, paths, info, say, ollama=stage.ollama, verify=stage.verify
+            )
+            for file in reports["gguf"]["files"]:
+                file["path"] = str(ctx.final_dir / Path(file["path"]).name)
+                if "modelfile" in file:
+                    file["modelfile"] = str(ctx.final_dir / Path(file["modelfile"]).name)
+                rows.append(_gguf_row(file))
     return {
         "result": {"files": rows},
         "export": reports,

@@ -9,6 +9,9 @@ from typing import Any
 from kllm.export.resolve import resolve
 from kllm.observe import units
 
+CARD_MARK = "GGUF files written by kllm"
+"""Stands in every card of a folder of GGUF files: such a README may be replaced."""
+
 
 def export_card(name: str, source: str, report: dict[str, Any]) -> str:
     """README.md of an exported directory, from the conversion's report and the source's own card."""
@@ -37,7 +40,7 @@ def gguf_card(name: str, source: str, license_name: str, report: dict[str, Any])
         "",
         f"# {name}",
         "",
-        f"GGUF files written by kllm from `{Path(source).name}`: {report['parameters']:,} parameters, "
+        f"{CARD_MARK} from `{Path(source).name}`: {report['parameters']:,} parameters, "
         f"llama.cpp architecture `{report['arch']}`.",
         "",
         "| file | type | size | next token: same likeliest / KL (nats) | checked with |",

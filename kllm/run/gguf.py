@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ from kllm.export.gguf_names import gguf_arch
 from kllm.export.gguf_write import QUANTS, GgufInfo, size_label, write_gguf
 from kllm.export.load import load_model
 from kllm.export.ollama import modelfile, template_of
+from kllm.export.resolve import MODEL_FILES, resolve
 from kllm.export.tokenizers import load_tokenizer
-from kllm.files import write_text
+from kllm.files import new_file, write_text
 from kllm.model.transformer import Transformer
-from kllm.run.exportcard import gguf_card
-from kllm.run.hffolder import SMALL, placed
+from kllm.run.exportcard import CARD_MARK, gguf_card
+from kllm.run.hffolder import SMALL
 from kllm.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -57,10 +59,30 @@ def export_gguf(job: GgufExport, say: Say = lambda line: None) -> dict[str, Any]
 
         merge_adapter(model, job.adapter)
     info = GgufInfo(name, license=job.license, source=job.source)
-    report = gguf_files(model, tokenizer, paths, info, say, ollama=job.ollama, verify=job.verify)
+    fresh = not job.out.exists()
+    try:
+        report = gguf_files(model, tokenizer, paths, info, say, ollama=job.ollama, verify=job.verify)
+    except KllmError:
+        if fresh:
+            with contextlib.suppress(OSError):  # a folder with a finished file in it stays
+                job.out.rmdir()
+        raise
     if job.out.suffix != ".gguf":
-        write_text(job.out / "README.md", gguf_card(name, job.source, job.license, report))
+        _write_card(job.out / "README.md", gguf_card(name, job.source, job.license, report), say)
     return report
+
+
+def _write_card(path: Path, text: str, say: Say) -> None:
+    """The folder may be a project's: a README that is no card of ours stays."""
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        say(f"{path} is not of an export and stays as it is: no card is written")
+    else:
+        write_text(path, text)
+
+
+def _modelfile(path: Path, count: int) -> Path:
+    """Where ollama's Modelfile of one of `count` files goes."""
+    return path.with_name("Modelfile" if count == 1 else f"{path.stem}.Modelfile")
 
 
 def gguf_files(
@@ -84,7 +106,8 @@ def gguf_files(
         raise UserError("the model has no tokenizer beside it", where=info.source, hint="--tokenizer DIR")
     if tokenizer.vocab_size > model.shape.vocab_size:
         rows = model.shape.vocab_size
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {rows:,} rows")
+        message = f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {rows:,} rows"
+        raise UserError(message, where=info.source, hint="give the one that the model was trained with")
     model.eval()
     arch = gguf_arch(model.shape)
     template = template_of(tokenizer) if ollama else None  # refused before anything is written
@@ -97,7 +120,7 @@ def gguf_files(
         for note in _fallbacks(quant, facts["tensor_types"]):
             say(f"{path.name}: {note}")
         if template is not None:
-            beside = path.with_name("Modelfile" if len(paths) == 1 else f"{path.stem}.Modelfile")
+            beside = _modelfile(path, len(paths))
             length = model.shape.max_position_embeddings
             write_text(beside, modelfile(path.name, tokenizer, template, num_ctx=length))
             facts["modelfile"] = str(beside)
@@ -115,25 +138,20 @@ def gguf_files(
 def _one(
     model: Transformer, tokenizer: Tokenizer, path: Path, quant: str, info: GgufInfo, verifying: bool
 ) -> dict[str, Any]:
-    aside = path.with_name(f".{path.stem}.unverified.gguf")
-    try:
+    with new_file(path) as aside:
         facts = {**write_gguf(model, tokenizer, aside, quant, info).to_dict(), "path": str(path)}
         if verifying:
             from kllm.export.verify_gguf import verify_gguf
 
             facts["verified"] = verify_gguf(model, tokenizer, aside, quant)
-        aside.replace(path)
-    except KllmError as e:
-        raise placed(e, aside, path) from None
-    finally:
-        aside.unlink(missing_ok=True)
     return facts
 
 
 def export_name(source: str) -> str:
     """A file name for what `source` names: the run's, the folder's or the file's own."""
     place = Path(source)
-    parts = [place.stem if place.is_file() else place.name, *(p.name for p in place.resolve().parents)]
+    file = place.suffix in MODEL_FILES  # on the disk or on the hub
+    parts = [place.stem if file else place.name, *(p.name for p in place.resolve().parents)]
     # a stage's final/ or a checkpoint says less than the run above it
     plain = [p for p in parts if p and p not in ("final", "checkpoints") and not p.startswith("step-")]
     return plain[0] if plain else "model"
@@ -150,13 +168,17 @@ def _paths(job: GgufExport, name: str) -> dict[str, Path]:
         paths = {job.quants[0]: job.out}
     else:
         if job.out.is_file():
-            raise UserError("is a file; a folder is written", where=str(job.out))
+            hint = "name a new folder, or a file that ends in .gguf"
+            raise UserError("is a file; a folder is written", where=str(job.out), hint=hint)
         paths = {quant: job.out / f"{name}-{quant}.gguf" for quant in job.quants}
     for path in paths.values():
-        if path.exists() and Path(job.source).exists() and path.resolve() == Path(job.source).resolve():
-            raise UserError("source and result are the same file", where=str(path))
-        if path.exists() and not job.overwrite:
-            raise UserError("is there already", where=str(path), hint="--overwrite, or name a new one")
+        if path.is_dir():
+            raise UserError("is a folder; a file is written", where=str(path), hint="name a new file")
+        if path.exists() and Path(job.source).exists() and path.resolve() == resolve(job.source).resolve():
+            raise UserError("source and result are the same file", str(path), hint="name another OUT")
+        for written in (path, *([_modelfile(path, len(paths))] if job.ollama else [])):
+            if written.exists() and not job.overwrite:
+                raise UserError("is there already", where=str(written), hint="--overwrite, or name a new one")
     return paths
 
 

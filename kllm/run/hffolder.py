@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kllm.errors import KllmError, UserError
+from kllm.errors import UserError
 from kllm.export.hf import write_files, write_model_files
 from kllm.model.transformer import Transformer
 from kllm.run.calibrate import calibration_texts, perplexity
@@ -120,10 +120,3 @@ def verifies(wanted: bool | None, model: Transformer, say: Say) -> bool:
         say("not verified: transformers is not installed")
         return False
     return True
-
-
-def placed(error: KllmError, aside: Path, out: Path) -> KllmError:
-    """The error with the folder's own name in place of the one it is written under at first."""
-    if error.where is not None:
-        error.where = error.where.replace(str(aside), str(out))
-    return error

@@ -31,7 +31,7 @@ def find_shape(what: str) -> ModelShape:
         return PRESETS[what]
     if not Path(what).exists() and "/" not in what:
         return get_preset(what)
-    return shape_of_directory(resolve(what))
+    return shape_of_directory(resolve(what, weights=False))
 
 
 def summary(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from kllm.errors import KllmError, UserError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = [
+TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -136,7 +136,7 @@ def _download(repo: str) -> Path:
             hint="check the path, or pip install 'kllm[hub]'",
         ) from e
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=TOKENIZER_FILES))
     except (OSError, ValueError) as e:  # every hub error derives from one of them
         raise UserError(
             f"no such directory, and not fetched from the hub either ({type(e).__name__})",
