@@ -198,7 +198,8 @@ def open_session(
 
     model, tokenizer = load_model(model_path, pick_device(device), say=say)
     if tokenizer is None:
-        raise UserError("the model has no tokenizer beside it", where=model_path)
+        hint = f"kllm convert {model_path} OUT --tokenizer DIR gives it one"
+        raise UserError("the model has no tokenizer beside it", where=model_path, hint=hint)
     model.eval()
     engine = Engine(model, tokenizer, max_batch=1)
     return Session(engine, tokenizer, system=system, sampling=sampling or SamplingParams())

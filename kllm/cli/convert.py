@@ -15,7 +15,10 @@ from kllm.cli.options import extra_parameter, with_signature
 from kllm.errors import UserError
 
 _SOURCE = Annotated[
-    str, typer.Argument(metavar="SRC", help="Run, stage, checkpoint, folder, .pth, .gguf or hub id.")
+    str,
+    typer.Argument(
+        metavar="SRC", help="Run, stage, checkpoint, folder, .pth, .gguf or hub id (OWNER/NAME[@REV])."
+    ),
 ]
 _OUT = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; with --to torch a .pth file.")]
 _TO = Annotated[

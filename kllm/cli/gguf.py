@@ -12,7 +12,10 @@ import typer
 from kllm.cli.assume import ASSUME, assumptions
 
 _SOURCE = Annotated[
-    str, typer.Argument(metavar="SRC", help="Run, stage, checkpoint, folder, .pth, .gguf or hub id.")
+    str,
+    typer.Argument(
+        metavar="SRC", help="Run, stage, checkpoint, folder, .pth, .gguf or hub id (OWNER/NAME[@REV])."
+    ),
 ]
 _OUT = Annotated[Path, typer.Argument(metavar="OUT", help="Folder, or one file that ends in .gguf.")]
 _QUANT = Annotated[

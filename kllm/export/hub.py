@@ -26,6 +26,11 @@ _FILES = {
 _BIN = ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a model on the hub: OWNER/NAME[@REVISION][/FILE.gguf]."""
+    return _ID.fullmatch(name) is not None and not name.startswith(".")
+
+
 def fetch(name: str, what: str = "model") -> Path:
     """A folder in the hub's own cache with a repository's model, or one GGUF file.
 

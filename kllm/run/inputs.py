@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kllm.config.recipe import REFERENCE, Recipe
 from kllm.errors import UserError
+from kllm.export.hub import is_hub_id
 from kllm.export.resolve import resolve, resolve_tokenizer
 
 
@@ -41,7 +42,7 @@ def find_inputs(recipe: Recipe, name: str, run_dir: Path, *, fetch: bool = True)
             producer = reference.removeprefix(REFERENCE)
             final = run_dir / recipe.dirname(producer) / "final"
             found[what] = Input(what, reference, producer, final if final.exists() else None)
-        elif not fetch and not Path(reference).exists() and reference.count("/") == 1:
+        elif not fetch and not Path(reference).exists() and is_hub_id(reference):
             found[what] = Input(what, reference, None, None)
         elif what == "tokenizer" and "model" in found and found["model"].reference == reference:
             found[what] = Input(what, reference, None, found["model"].directory)

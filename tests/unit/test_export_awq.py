@@ -260,7 +260,6 @@ def test_awq_beats_plain_rounding_where_channels_are_outliers(name: str) -> None
     unseen = token_rows(6, 60, seed=5)
     export = quantize_awq(model, token_rows(8, 60))
     error = (logits_of(read_back(export, SHAPES[name]), unseen) - logits_of(model, unseen)).square().mean()
-    print(error, plain_rounding_error(model, unseen, export.group_size))
     assert error < 0.7 * plain_rounding_error(model, unseen, export.group_size)
 
 
@@ -282,7 +281,6 @@ def test_awq_beats_plain_rounding_on_a_trained_model() -> None:
     unseen = token_rows(6, 100, seed=5)
     quantised = read_back(quantize_awq(model, token_rows(8, 100)), BASE)
     error = (logits_of(quantised, unseen) - logits_of(model, unseen)).square().mean()
-    print(error, plain_rounding_error(model, unseen, 32))
     assert error < 0.9 * plain_rounding_error(model, unseen, 32)
 
 
