@@ -12,13 +12,14 @@ from typing import ClassVar
 import pytest
 import torch
 from chat_support import TEXT, chat_model
-from model_support import BASE, random_model
+from model_support import BASE, MOE, random_model
 from safetensors.torch import load_file, save_file
 from support import kllm
 
 from kllm.errors import KllmError
 from kllm.export.hf import save_model
 from kllm.export.load import load_model
+from kllm.model.presets import ModelShape
 from kllm.run.convert import Conversion, HfOptions, convert
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.tokenizer.train import train_tokenizer
@@ -251,15 +252,27 @@ def test_push_uploads_every_file(source: Path, tmp_path: Path, monkeypatch: pyte
     assert "Bearer hf_test" in _Hub.tokens
 
 
-@pytest.mark.parametrize("quant", ["awq", "int8", "int4"])
-def test_quantised_folders_say_what_they_cost(tmp_path: Path, quant: str) -> None:
-    wide = random_model(BASE.with_(vocab_size=330, intermediate_size=128))
+WIDE = BASE.with_(vocab_size=330, intermediate_size=128)
+SHARED = WIDE.with_(**{**MOE, "moe_intermediate_size": 64}, num_shared_experts=1)
+
+
+@pytest.mark.parametrize(
+    ("quant", "shape"),
+    [("awq", WIDE), ("int8", WIDE), ("int4", WIDE), ("int8", SHARED), ("awq", SHARED)],
+    ids=["awq", "int8", "int4", "int8-moe", "awq-moe"],
+)
+def test_quantised_folders_say_what_they_cost(tmp_path: Path, quant: str, shape: ModelShape) -> None:
+    wide = random_model(shape)
     tokenizer, _ = train_tokenizer(TEXT * 5, 320, max_bytes=1_000_000, min_frequency=1)
     save_model(wide, tokenizer, tmp_path / "m")
     group = [] if quant == "int8" else ["--group-size", "32"]
-    done = kllm("convert", "m", "out", "--quant", quant, *group, "--json", cwd=tmp_path)
-    report = json.loads(done.stdout)
-    assert report["quant"] == quant and report["bytes"] < 200_000
+    if shape.is_moe:  # in this process, which has transformers loaded
+        options = HfOptions(quant=quant)
+        report = convert(Conversion(str(tmp_path / "m"), tmp_path / "out", options=options))
+    else:
+        done = kllm("convert", "m", "out", "--quant", quant, *group, "--json", cwd=tmp_path)
+        report = json.loads(done.stdout)
+    assert report["quant"] == quant and report["bytes"] < 300_000
     cost = report["perplexity"]
     assert cost["before"] != cost["after"] and abs(cost["after"] / cost["before"] - 1) < 0.2
     config = json.loads((tmp_path / "out" / "config.json").read_text())
