@@ -29,7 +29,9 @@ _QUANT = Annotated[
     ),
 ]
 _NAME = Annotated[str | None, typer.Option(metavar="TEXT", help="The model's name. [default: from SRC]")]
-_LICENSE = Annotated[str, typer.Option(metavar="ID", help="Licence for the metadata, e.g. apache-2.0.")]
+_LICENSE = Annotated[
+    str, typer.Option(metavar="ID", help="Licence, e.g. apache-2.0. [default: the one SRC names]")
+]
 _TOKENIZER = Annotated[str | None, typer.Option(metavar="PATH", help="Tokenizer of a model without one.")]
 _ADAPTER = Annotated[str | None, typer.Option(metavar="PATH", help="Merge this LoRA (PEFT folder or .pth).")]
 _OLLAMA = Annotated[bool, typer.Option("--ollama", help="Also write a Modelfile: template, stop tokens.")]

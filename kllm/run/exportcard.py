@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from kllm.export.resolve import resolve
 from kllm.observe import units
@@ -15,9 +18,12 @@ CARD_MARK = "GGUF files written by kllm"
 
 def export_card(name: str, source: str, report: dict[str, Any]) -> str:
     """README.md of an exported directory, from the conversion's report and the source's own card."""
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [kllm]", "---", ""]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [kllm]"]
+    head += [f"license: {terms}"] if (terms := source_license(source)) else []
     lines = [
         *head,
+        "---",
+        "",
         f"# {name}",
         "",
         f"Written by kllm from `{Path(source).name}`.",
@@ -91,6 +97,25 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if change := report.get("vocabulary"):
         facts.append(("vocabulary", json.dumps(change)))
     return facts
+
+
+def source_license(source: str) -> str:
+    """The licence that a model's own card or GGUF file names; "" if none does."""
+    if not Path(source).exists():
+        return ""
+    place = resolve(source)
+    if place.suffix == ".gguf":
+        from kllm.export.gguf_read import open_gguf
+
+        return str(open_gguf(place).fields.get("general.license") or "")
+    card = place / "README.md"
+    if not place.is_dir() or not card.is_file():
+        return ""
+    head = card.read_text(encoding="utf-8", errors="replace").partition("---\n")[2].partition("\n---\n")[0]
+    with contextlib.suppress(yaml.YAMLError, AttributeError):
+        found = yaml.safe_load(head).get("license")
+        return found if isinstance(found, str) else ""
+    return ""
 
 
 def _own_card(source: str) -> list[str]:

@@ -18,7 +18,7 @@ from kllm.export.resolve import MODEL_FILES, resolve
 from kllm.export.tokenizers import load_tokenizer
 from kllm.files import new_file, write_text
 from kllm.model.transformer import Transformer
-from kllm.run.exportcard import CARD_MARK, gguf_card
+from kllm.run.exportcard import CARD_MARK, gguf_card, source_license
 from kllm.run.hffolder import SMALL
 from kllm.tokenizer.tokenizer import Tokenizer
 
@@ -58,7 +58,10 @@ def export_gguf(job: GgufExport, say: Say = lambda line: None) -> dict[str, Any]
         from kllm.export.adapter import merge_adapter
 
         merge_adapter(model, job.adapter)
-    info = GgufInfo(name, license=job.license, source=job.source)
+    terms = job.license or source_license(job.source)
+    # a path would tell the world about this machine
+    source = export_name(job.source) if Path(job.source).exists() else job.source
+    info = GgufInfo(name, license=terms, source=source)
     fresh = not job.out.exists()
     try:
         report = gguf_files(model, tokenizer, paths, info, say, ollama=job.ollama, verify=job.verify)
@@ -68,7 +71,7 @@ def export_gguf(job: GgufExport, say: Say = lambda line: None) -> dict[str, Any]
                 job.out.rmdir()
         raise
     if job.out.suffix != ".gguf":
-        _write_card(job.out / "README.md", gguf_card(name, job.source, job.license, report), say)
+        _write_card(job.out / "README.md", gguf_card(name, job.source, terms, report), say)
     return report
 
 
