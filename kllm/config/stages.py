@@ -135,7 +135,7 @@ class EvalStage(BaseStage):
 class ExportStage(BaseStage):
     """Write a model for other programs: a Hugging Face folder, GGUF files; each is read back and compared."""
 
-    produces: ClassVar[tuple[str, ...]] = ("model", "tokenizer")
+    # later stages and `kllm chat RUN` go on with the model itself, not with a rounded copy of it
 
     stage: Literal["export"] = "export"
     """Kind of the stage."""

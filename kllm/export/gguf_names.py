@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kllm.errors import UserError
-from kllm.model.presets import ModelShape
+from kllm.model.presets import ModelShape, is_llama3
 from kllm.model.rope import rope_frequencies
 
 PAIRWISE = ("llama", "granitemoe", "bailingmoe", "smollm3")
@@ -57,41 +57,6 @@ _NATIVE = {gguf: native for native, gguf in _BLOCK.items()}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _BLK = re.compile(r"blk\.(\d+)\.(.+)")
 _ROTATED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
-
-
-def gguf_arch(shape: ModelShape) -> str:
-    """The llama.cpp architecture that computes this shape exactly, or UserError with the reason."""
-    if not shape.is_moe:
-        return _dense_arch(shape)
-    if shape.shared_size and shape.shared_expert_gate:
-        if shape.norm_topk_prob:
-            raise UserError("llama.cpp never renormalises a gated Qwen2-MoE", where="GGUF")
-        return "qwen2moe"
-    if shape.shared_size:
-        # not qwen2moe: its sigmoid of a zero gate is 0/0 there
-        if shape.norm_topk_prob:
-            return "granitemoe"
-        if shape.shared_size % shape.moe_intermediate_size:
-            raise UserError("the shared expert's width must be a multiple of an expert's", where="GGUF")
-        return "bailingmoe"
-    if shape.qk_norm:
-        if not shape.norm_topk_prob:
-            raise UserError("llama.cpp always renormalises the top-k of a Qwen3-MoE", where="GGUF")
-        return "qwen3moe"
-    return "llama"
-
-
-def _dense_arch(shape: ModelShape) -> str:
-    if shape.no_rope_layers:
-        fourth = tuple(i for i in range(shape.num_hidden_layers) if i % 4 == 3)
-        if shape.no_rope_layers != fourth:
-            raise UserError("llama.cpp knows layers without RoPE only as every fourth one", where="GGUF")
-        return "smollm3"
-    if shape.qk_norm:
-        return "qwen3"
-    if shape.attention_bias and shape.q_size == shape.hidden_size:
-        return "qwen2"
-    return "llama"
 
 
 def hyperparameters(shape: ModelShape, arch: str) -> dict[str, Any]:
@@ -169,10 +134,9 @@ def tensors(state: dict[str, Tensor], shape: ModelShape, arch: str) -> Iterator[
             yield f"blk.{match[1]}.{short}", tensor
         else:
             raise UserError(f"tensor {name} has no name in GGUF", where="GGUF")
-    scaling = shape.rope_scaling or {}
-    if scaling.get("rope_type") == "llama3":
+    if is_llama3(shape):
         plain, _ = rope_frequencies(shape.head_dim, shape.rope_theta, None)
-        scaled, _ = rope_frequencies(shape.head_dim, shape.rope_theta, scaling)
+        scaled, _ = rope_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
         yield "rope_freqs.weight", plain / scaled
 
 

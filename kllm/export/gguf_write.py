@@ -7,6 +7,7 @@ f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 and q5_1 are quantised by the gguf packag
 from __future__ import annotations
 
 import errno
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from kllm.config.parts import GgufType
 from kllm.errors import KllmError, UserError
-from kllm.export.gguf_names import OWN_OUTPUT, gguf_arch, hyperparameters, tensors
+from kllm.export.gguf_names import OWN_OUTPUT, hyperparameters, tensors
 from kllm.export.gguf_tokens import tokenizer_metadata
 from kllm.export.kquants import choose_type
 from kllm.export.kquants import quantize as quantize_k
 from kllm.files import new_file
-from kllm.model.presets import ModelShape
+from kllm.model.presets import ModelShape, gguf_arch
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.tokenizer import Tokenizer
 
@@ -179,10 +180,11 @@ def tensor_type(name: str, tensor: Tensor, quant: str, shape: ModelShape, arch: 
         return quant
     cols = tensor.shape[-1]
     if quant in _K_MIXES:
+        block = re.match(r"blk\.(\d+)\.", name)
         return choose_type(
             quant,
             name,
-            0,  # the name of a tensor says its block
+            int(block[1]) if block else 0,
             shape.num_hidden_layers,
             cols,
             experts=shape.num_experts,

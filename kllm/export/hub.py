@@ -23,12 +23,13 @@ _FILES = {
     "model": ["config.json", *_TOKENIZER, "model.safetensors", "model-*.safetensors", "*.index.json"],
 }
 """What is fetched of a repository, whatever else is in it: other formats of the same weights, above all."""
+_STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
 _BIN = ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form of a model on the hub: OWNER/NAME[@REVISION][/FILE.gguf]."""
-    return _ID.fullmatch(name) is not None and not name.startswith(".")
+    return _ID.fullmatch(name) is not None and not name.startswith(".") and ".." not in name
 
 
 def fetch(name: str, what: str = "model") -> Path:
@@ -43,7 +44,7 @@ def fetch(name: str, what: str = "model") -> Path:
         KllmError: the hub cannot be reached.
     """
     known = _ID.fullmatch(name)
-    if known is None or name.startswith("."):
+    if known is None or not is_hub_id(name):
         raise UserError("no such file or directory", where=name, hint="a hub id is OWNER/NAME")
     _prepare_client(name)
     repo, revision, file = known.groups()
@@ -176,7 +177,12 @@ def push(directory: Path, repo: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         url = api.create_repo(repo, exist_ok=True, private=private)
-        api.upload_folder(folder_path=directory, repo_id=repo, commit_message="Upload by kllm convert")
+        api.upload_folder(
+            folder_path=directory,
+            repo_id=repo,
+            commit_message="Upload by kllm convert",
+            delete_patterns=_STALE,  # else weights of an earlier upload would go first
+        )
     except Exception as e:  # the hub raises many kinds; all mean the same to the user
         status = getattr(getattr(e, "response", None), "status_code", None)
         hint = "set HF_TOKEN to a token that may write there" if status in (401, 403) else None

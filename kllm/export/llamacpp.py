@@ -109,10 +109,10 @@ def _number(value: float | None) -> float:
 
 def _last_words(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    telling = [
-        line for line in lines if any(w in line.lower() for w in ("error", "fail", "assert", "unknown"))
-    ]
-    return (telling or lines or ["no reason given"])[0 if telling else -1][:300]
+    for words in (("error loading", "ggml_assert"), ("error", "failed", "exception")):
+        if telling := [line for line in lines if any(word in line.lower() for word in words)]:
+            return telling[0][-300:]
+    return (lines or ["no reason given"])[-1][-300:]
 
 
 def _main() -> None:

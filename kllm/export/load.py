@@ -120,18 +120,15 @@ def source_kind(place: Path) -> str:
     return "gguf" if place.suffix == ".gguf" else "pth"
 
 
-def model_shape(place: Path) -> ModelShape:
-    """The shape of what `resolve` found, without reading its weights."""
-    kind = source_kind(place)
-    if kind == "gguf":
+def file_shape(place: Path) -> ModelShape:
+    """The shape of a model file that `resolve` found, without reading its weights."""
+    if source_kind(place) == "gguf":
         from kllm.export.gguf_read import open_gguf
 
         return open_gguf(place).shape()
-    if kind == "pth":
-        from kllm.export.pth import peek_shape
+    from kllm.export.pth import peek_shape
 
-        return peek_shape(place)
-    return config_to_shape(read_config(place), str(place / "config.json"))
+    return peek_shape(place)
 
 
 def _check_finite(state: State, where: str) -> None:

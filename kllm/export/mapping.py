@@ -119,7 +119,7 @@ def _drop_neutral(state: dict[str, Tensor], shape: ModelShape, where: str) -> Mo
         biases = []
     shape = shape.with_(attention_bias=bool(biases))
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-    tied = head is None or shape.tie_word_embeddings
+    tied = shape.tie_word_embeddings  # a missing head of an untied model is found missing later
     if head is not None and embedding is not None and shape.is_moe:
         tied = torch.equal(head, embedding)
     if tied and embedding is not None:

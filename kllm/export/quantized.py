@@ -167,6 +167,16 @@ def dequantize_tensors(
     Raises:
         UserError: another method or variant, or tensors that do not belong together.
     """
+    try:
+        return _dequantized(tensors, quantization_config, where)
+    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as e:
+        message = f"its quantization_config and its tensors do not fit together ({e})"
+        raise UserError(message, where=where, hint="copy the folder again") from None
+
+
+def _dequantized(
+    tensors: dict[str, Tensor], quantization_config: dict[str, Any], where: str
+) -> dict[str, Tensor]:
     method = str(quantization_config.get("quant_method", "")).lower()
     if method == "awq":
         _check_awq(quantization_config, where)

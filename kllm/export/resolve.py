@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from kllm.errors import UserError
@@ -26,10 +27,21 @@ def _stage_result(stage_dir: Path) -> Path | None:
 
 def _last_stage(run_dir: Path) -> Path | None:
     """The result of the last stage that leaves a model: final if it has one, else its last checkpoint."""
+    exported = None
     for stage_dir in sorted(run_dir.glob("[0-9][0-9]-*"), reverse=True):
         if result := _stage_result(stage_dir):
-            return result
-    return None
+            if not _is_export(stage_dir):
+                return result
+            exported = exported or result
+    return exported
+
+
+def _is_export(stage_dir: Path) -> bool:
+    """What an export stage wrote may be a rounded copy: the run's model is the stage's before it."""
+    try:
+        return json.loads((stage_dir / "status.json").read_text(encoding="utf-8")).get("kind") == "export"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def resolve(path: str | Path, *, weights: bool = True) -> Path:
@@ -48,7 +60,8 @@ def resolve(path: str | Path, *, weights: bool = True) -> Path:
     if not place.exists():
         return _from_hub(str(path), "model" if weights else "config")
     if place.is_file():
-        if place.suffix in MODEL_FILES:
+        whole = place.suffix in MODEL_FILES
+        if whole and not (place.suffix == ".bin" and (place.parent / "config.json").exists()):
             return place
         if (place.parent / "config.json").exists():
             return place.parent  # a file of a model directory, named by its weights or config

@@ -60,6 +60,7 @@ def _pieces(old_rows: int, old: Tokenizer, new: Tokenizer) -> tuple[list[list[in
     """Old ids behind every new id (none: the mean of all), how many are the same token, how many none."""
     roles = {text: old.role_tokens[role] for role, text in new.role_tokens.items() if role in old.role_tokens}
     control = set(new.added_tokens)
+    single = {old.bytes_of(j): j for j in range(old.vocab_size) if len(old.bytes_of(j)) == 1}
     pieces: list[list[int]] = []
     kept = 0
     for i in range(new.vocab_size):
@@ -73,8 +74,18 @@ def _pieces(old_rows: int, old: Tokenizer, new: Tokenizer) -> tuple[list[list[in
         elif token is None or token in control:
             pieces.append([])
         else:
-            pieces.append([p for p in old.encode(new.decode([i])) if p < old_rows])
+            pieces.append([p for p in _spelled(new, i, old, single) if p < old_rows])
     return pieces, kept, sum(not p for p in pieces)
+
+
+def _spelled(new: Tokenizer, token_id: int, old: Tokenizer, single: dict[bytes, int]) -> list[int]:
+    """The old tokens of a new one's text; of its bytes where they are only a part of a character."""
+    data = new.bytes_of(token_id)
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return [single[data[k : k + 1]] for k in range(len(data)) if data[k : k + 1] in single]
+    return old.encode(new.decode([token_id]))
 
 
 def _rows(weight: Tensor, pieces: list[list[int]]) -> Tensor:

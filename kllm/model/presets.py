@@ -265,3 +265,48 @@ def _dense_type(shape: ModelShape) -> str:
             hint="transformers 5 refuses such a Llama config",
         )
     return "llama"
+
+
+def gguf_arch(shape: ModelShape) -> str:
+    """The llama.cpp architecture that computes this shape exactly, or UserError with the reason."""
+    arch = _gguf_moe(shape) if shape.is_moe else _gguf_dense(shape)
+    if is_llama3(shape) and arch not in ("llama", "granitemoe"):
+        raise UserError(f"llama.cpp's {arch} knows no llama3 RoPE scaling", where="GGUF")
+    return arch
+
+
+def is_llama3(shape: ModelShape) -> bool:
+    """RoPE is scaled as Llama 3.1 does."""
+    return (shape.rope_scaling or {}).get("rope_type") == "llama3"
+
+
+def _gguf_moe(shape: ModelShape) -> str:
+    if shape.shared_size and shape.shared_expert_gate:
+        if shape.norm_topk_prob:
+            raise UserError("llama.cpp never renormalises a gated Qwen2-MoE", where="GGUF")
+        return "qwen2moe"
+    if shape.shared_size:
+        # not qwen2moe: its sigmoid of a zero gate is 0/0 there
+        if shape.norm_topk_prob:
+            return "granitemoe"
+        if shape.shared_size % shape.moe_intermediate_size:
+            raise UserError("the shared expert's width must be a multiple of an expert's", where="GGUF")
+        return "bailingmoe"
+    if shape.qk_norm:
+        if not shape.norm_topk_prob:
+            raise UserError("llama.cpp always renormalises the top-k of a Qwen3-MoE", where="GGUF")
+        return "qwen3moe"
+    return "llama"
+
+
+def _gguf_dense(shape: ModelShape) -> str:
+    if shape.no_rope_layers:
+        fourth = tuple(i for i in range(shape.num_hidden_layers) if i % 4 == 3)
+        if shape.no_rope_layers != fourth:
+            raise UserError("llama.cpp knows layers without RoPE only as every fourth one", where="GGUF")
+        return "smollm3"
+    if shape.qk_norm:
+        return "qwen3"
+    if shape.attention_bias and shape.q_size == shape.hidden_size and not is_llama3(shape):
+        return "qwen2"
+    return "llama"

@@ -125,6 +125,10 @@ def _use(ctx: StageContext) -> list[str]:
         "```",
     ]
     lines = ["## Use", "", "`kllm chat THIS_FOLDER`, or:", "", *code, ""]
+    if isinstance(ctx.stage, ExportStage) and not ctx.stage.hf:
+        lines = ["## Use", ""]
+    elif isinstance(ctx.stage, ExportStage) and ctx.stage.quant == "awq":
+        lines = ["## Use", "", "`kllm chat THIS_FOLDER`, or `vllm serve THIS_FOLDER` on a GPU.", ""]
     if isinstance(ctx.stage, ExportStage) and ctx.stage.gguf:
         file = f"{ctx.recipe.name}-{ctx.stage.gguf[0]}"
         lines += ["With llama.cpp:", "", "```bash", f"llama-cli -m {file}.gguf -cnv", "```", ""]

@@ -8,12 +8,12 @@ from typing import Any
 
 from kllm.config.load import Loaded
 from kllm.config.recipe import Recipe
-from kllm.config.stages import EvalStage, PretrainStage, SftStage
+from kllm.config.stages import EvalStage, ExportStage, PretrainStage, SftStage
 from kllm.data import hub
 from kllm.data.sources import expand, is_builtin
 from kllm.errors import UserError, UserErrors
 from kllm.eval.names import check_task
-from kllm.model.presets import get_preset
+from kllm.model.presets import get_preset, gguf_arch
 from kllm.observe.sinks import check_sinks
 from kllm.run.fingerprint import data_paths, templates
 from kllm.run.inputs import Input, find_inputs
@@ -68,6 +68,8 @@ def stage_errors(loaded: Loaded, run: RunDir, name: str) -> list[UserError]:
     if isinstance(stage, EvalStage):
         attempt("tasks", lambda: _check_tasks(stage.tasks))
     inputs = attempt("model", lambda: find_inputs(recipe, name, run.path, fetch=False))
+    if isinstance(stage, ExportStage) and inputs is not None:
+        attempt("gguf", lambda: _check_export(recipe, stage, inputs))
     if isinstance(stage, PretrainStage | SftStage):
         attempt("log.sinks", lambda: check_sinks(stage.log.sinks))
         attempt("train.batch_tokens", lambda: _check_processes(recipe, stage))
@@ -117,6 +119,21 @@ def _check_processes(recipe: Recipe, stage: TrainingStage) -> None:
             f"{rows} rows a step cannot feed {recipe.nproc} processes",
             hint=f"at least {recipe.nproc * stage.dataset.seq_len} tokens a step, or fewer processes",
         )
+
+
+def _check_export(recipe: Recipe, stage: ExportStage, inputs: dict[str, Input]) -> None:
+    """A shape that llama.cpp cannot compute, or widths that no group of weights divides."""
+    found = inputs.get("model")
+    shape = planned_shape(recipe, stage.name, found.directory if found else None, None)
+    if shape is None:
+        return
+    if stage.gguf:
+        gguf_arch(shape)
+    if stage.quant in ("awq", "int4"):
+        inner = shape.moe_intermediate_size if shape.is_moe else shape.intermediate_size
+        widths = {shape.hidden_size, shape.q_size, inner, shape.shared_size}
+        if odd := sorted(w for w in widths if w % 32):
+            raise UserError(f"{stage.quant} needs widths in multiples of 32, and {odd[0]} is none")
 
 
 def _check_shape(recipe: Recipe, stage: TrainingStage, inputs: dict[str, Input]) -> None:

@@ -64,6 +64,8 @@ def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
     model, tokenizer = _change(job, model.eval(), tokenizer, report)
     if job.options.quant is not None and tokenizer is None:
         raise UserError("quantising needs a tokenizer, to read texts", job.source, "--tokenizer DIR")
+    if change := report.get("vocabulary"):
+        say(f"vocabulary: {change['kept']:,} of {change['rows']:,} rows kept")
     if job.to == "torch":
         return report | _torch(job, model, say)
     with new_directory(job.out) as aside:
@@ -72,8 +74,6 @@ def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
             report["adapter"] = _keep_adapter(job, model, aside / "adapter")
         card = export_card(job.out.name, job.source, report)
         (aside / "README.md").write_text(card, encoding="utf-8")
-    if change := report.get("vocabulary"):
-        say(f"vocabulary: {change['kept']:,} of {change['rows']:,} rows kept")
     if job.push is not None:
         report["pushed"] = hub.push(job.out, job.push, private=job.private)
     return report
@@ -104,19 +104,38 @@ def _check(job: Conversion) -> None:
         raise UserError(f"must be above 1, got {job.factor:g}", where="flag --factor")
     if job.keep_adapter and job.adapter is None:
         raise UserError("--keep-adapter keeps an adapter, and none is given", hint="--adapter PATH")
-    if job.options.quant is not None and job.to not in ("hf", "kllm"):
-        raise UserError(f"--quant is of a Hugging Face folder, not of --to {job.to}", where="flag --quant")
-    source = Path(job.source)
-    if source.exists() and job.out.exists():
-        place, out = _place(job), job.out.resolve()
-        if place == out:
-            raise UserError("source and result are the same", where=str(job.out), hint="name another OUT")
-        if out in place.parents:  # it would be replaced, source and all
-            raise UserError(f"the source {job.source} lies in it", str(job.out), hint="name another OUT")
+    _check_flags(job)
+    if Path(job.source).exists() and job.out.exists() and _place(job) == job.out.resolve():
+        raise UserError("source and result are the same", where=str(job.out), hint="name another OUT")
+    for given in (job.source, job.adapter, job.tokenizer, job.options.calibrate):
+        if given is not None and Path(given).exists() and job.out.resolve() in Path(given).resolve().parents:
+            # it would be replaced, with what is read from it
+            raise UserError(f"{given} lies in it", where=str(job.out), hint="name another OUT")
     if job.to == "torch":
         _check_file(job)
     else:
         _check_folder(job)
+
+
+def _check_flags(job: Conversion) -> None:
+    """Flags that would be taken and do nothing."""
+    folder, options = job.to in ("hf", "kllm"), job.options
+    wrong = {
+        "--quant": options.quant is not None and not folder,
+        "--keep-adapter": job.keep_adapter and not folder,
+        "--adapter": job.adapter is not None and job.to == "peft",
+        "--tokenizer": job.tokenizer is not None and job.to == "peft",
+        "--rope-scaling": job.rope_scaling is not None and job.to == "peft",
+        "--base": job.base is not None and job.to != "peft" and not job.keep_adapter,
+        "--group-size": options.group_size is not None and options.quant is None,
+        "--calibrate": options.calibrate is not None and options.quant is None,
+    }
+    for flag, meaningless in wrong.items():
+        if meaningless:
+            needs = "--quant" if flag in ("--group-size", "--calibrate") and folder else "another --to"
+            raise UserError(f"does nothing with --to {job.to}", where=f"flag {flag}", hint=f"needs {needs}")
+    if options.quant == "awq" and options.dtype == "bfloat16":
+        raise UserError("awq is kept in float16", where="flag --dtype", hint="leave --dtype out")
 
 
 def _place(job: Conversion) -> Path:
@@ -216,6 +235,11 @@ def _peft(job: Conversion) -> dict[str, Any]:
     from kllm.export.adapter import read_adapter, write_peft
 
     adapter = read_adapter(job.source)
+    if adapter.source == "peft":
+        raise UserError("is a PEFT folder already", where=job.source, hint="copy it, or merge it: --adapter")
+    if heads := job.assume.get("num_attention_heads"):  # rows of the first generation are reordered by head
+        rows = next((b.shape[0] for name, (_, b) in adapter.pairs.items() if name.endswith("q_proj")), heads)
+        adapter = read_adapter(job.source, rows // heads)
     base = job.base or ""
     write_peft(adapter.pairs, job.out, alpha=adapter.alpha, rank=adapter.rank, base=base)
     size = sum(f.stat().st_size for f in job.out.iterdir())
@@ -228,8 +252,10 @@ def _keep_adapter(job: Conversion, model: Transformer, directory: Path) -> str:
 
     assert job.adapter is not None
     given = Path(job.adapter)
-    if given.is_dir():
-        shutil.copytree(given, directory)
+    if given.is_dir():  # its two files; what a training left beside them is nobody else's
+        directory.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(given / name, directory / name)
     else:
         adapter = read_adapter(given, model.shape.head_dim)
         write_peft(

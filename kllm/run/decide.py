@@ -75,7 +75,8 @@ def decide(
         return decision("rerun", "; ".join(map(str, found)), found)
     if state == "done":
         final = run.path / dirname / "final"
-        if STAGES[stage_kind(recipe.stage(name))].produces and not final.is_dir():
+        kind = stage_kind(recipe.stage(name))
+        if (STAGES[kind].produces or kind == "export") and not final.is_dir():
             return decision("rerun", "its result is gone")
         return decision("skip", "done, unchanged")
     reasons = {"running": "is running", "interrupted": "was interrupted", "failed": "failed"}

@@ -47,7 +47,7 @@ def gguf_card(name: str, source: str, license_name: str, report: dict[str, Any])
         f"# {name}",
         "",
         f"{CARD_MARK} from `{Path(source).name}`: {report['parameters']:,} parameters, "
-        f"llama.cpp architecture `{report['arch']}`.",
+        f"llama.cpp architecture `{report['arch']}`{_with_adapter(report)}.",
         "",
         "| file | type | size | next token: same likeliest / KL (nats) | checked with |",
         "| --- | --- | --- | --- | --- |",
@@ -58,6 +58,11 @@ def gguf_card(name: str, source: str, license_name: str, report: dict[str, Any])
         cells = (Path(file["path"]).name, file["quant"], units.size(file["bytes"]), damage)
         lines.append(f"| {' | '.join(cells)} | {gguf_check(checked) if checked else 'not checked'} |")
     return "\n".join([*lines, "", *_own_card(source)]).rstrip() + "\n"
+
+
+def _with_adapter(report: dict[str, Any]) -> str:
+    merged = report.get("merged")
+    return f", adapter `{merged['adapter']}` merged (rank {merged['rank']})" if merged else ""
 
 
 def gguf_check(checked: dict[str, Any]) -> str:
@@ -125,7 +130,7 @@ def _own_card(source: str) -> list[str]:
     card = place / "README.md"
     if not place.is_dir() or not card.is_file():
         return []
-    text = card.read_text(encoding="utf-8")
+    text = card.read_text(encoding="utf-8", errors="replace")
     if text.startswith("---\n"):
         text = text.partition("\n---\n")[2]
     return ["## Training", "", *(_deeper(line) for line in text.strip().splitlines())]

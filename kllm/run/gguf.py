@@ -10,13 +10,13 @@ from typing import Any
 
 from kllm.errors import KllmError, UserError
 from kllm.export import llamacpp
-from kllm.export.gguf_names import gguf_arch
 from kllm.export.gguf_write import QUANTS, GgufInfo, size_label, write_gguf
 from kllm.export.load import load_model
 from kllm.export.ollama import modelfile, template_of
 from kllm.export.resolve import MODEL_FILES, resolve
 from kllm.export.tokenizers import load_tokenizer
 from kllm.files import new_file, write_text
+from kllm.model.presets import gguf_arch
 from kllm.model.transformer import Transformer
 from kllm.run.exportcard import CARD_MARK, gguf_card, source_license
 from kllm.run.hffolder import SMALL
@@ -50,17 +50,19 @@ def export_gguf(job: GgufExport, say: Say = lambda line: None) -> dict[str, Any]
         UserError, KllmError: bad input, a shape or tokenizer that llama.cpp cannot run, a failed check.
     """
     name = job.name or export_name(job.source)
-    paths = _paths(job, name)
+    paths = _paths(job, Path(name).name or "model")
     model, tokenizer = load_model(job.source, assume=job.assume, tokenizer=job.tokenizer is None, say=say)
     if job.tokenizer is not None:
         tokenizer = load_tokenizer(job.tokenizer)
+    merged = None
     if job.adapter is not None:
         from kllm.export.adapter import merge_adapter
 
-        merge_adapter(model, job.adapter)
+        merged = merge_adapter(model, job.adapter) | {"adapter": Path(job.adapter).name}
     terms = job.license or source_license(job.source)
     # a path would tell the world about this machine
     source = export_name(job.source) if Path(job.source).exists() else job.source
+    source += f" with adapter {merged['adapter']} merged" if merged else ""
     info = GgufInfo(name, license=terms, source=source)
     fresh = not job.out.exists()
     try:
@@ -70,6 +72,8 @@ def export_gguf(job: GgufExport, say: Say = lambda line: None) -> dict[str, Any]
             with contextlib.suppress(OSError):  # a folder with a finished file in it stays
                 job.out.rmdir()
         raise
+    if merged:
+        report["merged"] = merged
     if job.out.suffix != ".gguf":
         _write_card(job.out / "README.md", gguf_card(name, job.source, terms, report), say)
     return report
@@ -211,7 +215,11 @@ def _fallbacks(quant: str, types: Mapping[str, int]) -> list[str]:
         "q5_k_m": {"q5_k", "q6_k"},
         "q6_k": {"q6_k"},
     }.get(quant, {quant, "q8_0"})
+    # q5_k, q6_k and q8_0 may also be the mix's own choice for some tensors
+    expected |= {"q5_k", "q6_k"}
     others = {kind: n for kind, n in types.items() if kind not in expected | {"f32"}}
+    if set(others) <= {"q8_0"} and quant != "q6_k":
+        others = {}
     if not others:
         return []
     shown = ", ".join(f"{n} in {kind}" for kind, n in sorted(others.items()))

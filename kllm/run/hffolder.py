@@ -82,7 +82,9 @@ def _quantised(
     else:
         from kllm.export.packed import quantize_packed
 
-        export = quantize_packed(model, 8 if options.quant == "int8" else 4, options.group_size)
+        bits = 8 if options.quant == "int8" else 4
+        half = "bfloat16" if options.dtype == "bfloat16" else "float16"
+        export = quantize_packed(model, bits, options.group_size, dtype=half)
     for note in export.notes:
         say(note)
     write_files(

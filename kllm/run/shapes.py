@@ -66,9 +66,9 @@ def check_vocabulary(vocab_size: int, shape: ModelShape) -> None:
 def shape_of_directory(place: Path) -> ModelShape:
     """The shape of a model directory, from its config.json; of a model file, from its own head."""
     if place.is_file():
-        from kllm.export.load import model_shape
+        from kllm.export.load import file_shape
 
-        return model_shape(place)
+        return file_shape(place)
     path = place / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -13,13 +13,13 @@ from model_support import BASE, MOE, SHAPES, YARN, random_model
 
 from kllm.config.stages import ExportStage
 from kllm.errors import KllmError, UserError
-from kllm.export.gguf_names import gguf_arch, to_halves, to_pairs
+from kllm.export.gguf_names import to_halves, to_pairs
 from kllm.export.gguf_read import open_gguf, shortest
 from kllm.export.gguf_tokens import plain_template, pre_tokenizer_name, tokenizer_metadata
 from kllm.export.gguf_write import QUANTS, GgufInfo, write_gguf
 from kllm.export.load import load_model
 from kllm.export.tokenizers import load_tokenizer
-from kllm.model.presets import PRESETS, ModelShape
+from kllm.model.presets import PRESETS, ModelShape, gguf_arch
 from kllm.model.transformer import Transformer
 from kllm.tokenizer.chat import render
 from kllm.tokenizer.source import Source, bpe_spec
@@ -73,6 +73,7 @@ def test_every_preset_round_trips(name: str, tokenizer: Tokenizer, tmp_path: Pat
 ARCHITECTURES = {
     "llama": "llama",
     "llama-bias": "qwen2",
+    "llama3": "llama",
     "smollm3": "smollm3",
     "qwen3": "qwen3",
     "mixtral": "llama",
@@ -104,6 +105,8 @@ def test_a_shared_expert_that_is_not_renormalised_is_bailingmoe(tokenizer: Token
         (SHAPES["qwen3-moe-raw"], "always renormalises"),
         (SHAPES["qwen2-moe-gated"].with_(norm_topk_prob=True), "never renormalises"),
         (SHAPES["smollm3"], "every fourth"),
+        (SHAPES["llama3"].with_(qk_norm=True), "qwen3 knows no llama3"),
+        (SHAPES["llama3"].with_(**MOE, qk_norm=True), "qwen3moe knows no llama3"),
     ],
 )
 def test_shapes_that_llama_cpp_cannot_compute_are_refused(shape: ModelShape, says: str) -> None:
@@ -202,6 +205,21 @@ def test_types_of_tensors_and_their_error(quant: str, tokenizer: Tokenizer, tmp_
         float((ours[n] - theirs[n]).pow(2).mean().sqrt() / ours[n].pow(2).mean().sqrt()) for n in ours
     )
     assert 0 < worst < ROUNDING[quant]
+
+
+def test_a_mix_spends_its_bits_on_the_layers_that_llama_cpp_does(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """More bits for the first and last eighth and every third between: 16 layers, 8 of them."""
+    shape = BASE.with_(
+        vocab_size=330, hidden_size=256, head_dim=64, intermediate_size=256, num_hidden_layers=16
+    )
+    write_gguf(random_model(shape), tokenizer, tmp_path / "m.gguf", "q4_k_m", GgufInfo("m"))
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    for part in ("ffn_down", "attn_v"):
+        more = [i for i in range(16) if kinds[f"blk.{i}.{part}.weight"] == "Q6_K"]
+        assert more == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert {kinds[f"blk.{i}.attn_q.weight"] for i in range(16)} == {"Q4_K"}
 
 
 def test_widths_that_blocks_do_not_divide_fall_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
