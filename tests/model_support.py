@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from kllm.export.hf import write_files
+from kllm.export.quantized import QuantizedExport
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 
@@ -65,3 +69,19 @@ def random_model(shape: ModelShape, seed: int = 0) -> Transformer:
             else:
                 parameter.copy_(noise * 0.12)
     return model
+
+
+def save_quantized(
+    export: QuantizedExport, shape: ModelShape, directory: Path, max_shard_bytes: int | None = None
+) -> None:
+    """A quantised model's directory, without a tokenizer."""
+    directory.mkdir()
+    write_files(
+        export.tensors,
+        shape,
+        None,
+        directory,
+        dtype=export.dtype,
+        max_shard_bytes=max_shard_bytes,
+        quantization_config=export.quantization_config,
+    )

@@ -12,17 +12,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kllm.errors import UserError
-from kllm.export.hf import write_files
-from kllm.files import new_directory
-from kllm.model.presets import ModelShape
-from kllm.tokenizer.tokenizer import Tokenizer
 
 GROUPS = (128, 64, 32)
 """Group sizes that engines have kernels for, the one with the fewest scales first."""
@@ -265,30 +260,3 @@ def _from_packed(tensors: dict[str, Tensor], module: str, bits: int, symmetric: 
         zeros = _part(tensors, f"{module}.weight_zero_point", where).t().contiguous()
         codes = codes - unpack_bits(zeros, bits, outputs).t().float()[..., None]
     return (codes * scales[..., None]).view(outputs, inputs)
-
-
-def save_quantized(
-    export: QuantizedExport,
-    shape: ModelShape,
-    tokenizer: Tokenizer | None,
-    directory: Path,
-    max_shard_bytes: int | None = None,
-) -> None:
-    """Writes the whole directory, or nothing; an existing one is replaced.
-
-    Args:
-        export: from `quantize_awq` or `quantize_packed`.
-        shape: of the model that was quantised.
-        tokenizer: saved beside it; its special ids go into the configs.
-        max_shard_bytes: weights above this size are split into several files with an index.
-    """
-    with new_directory(directory) as aside:
-        write_files(
-            export.tensors,
-            shape,
-            tokenizer,
-            aside,
-            dtype=export.dtype,
-            max_shard_bytes=max_shard_bytes,
-            quantization_config=export.quantization_config,
-        )

@@ -1,20 +1,18 @@
 """Finding and reading the files of a tokenizer directory, each fault as one line.
 
 Understood: `tokenizer.json` with or without `tokenizer_config.json`, `special_tokens_map.json`,
-`chat_template.jinja` and `generation_config.json`; GPT-2's `vocab.json` + `merges.txt`; a hub id.
+`chat_template.jinja` and `generation_config.json`; GPT-2's `vocab.json` + `merges.txt`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kllm.errors import KllmError, UserError
+from kllm.errors import UserError
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,7 +44,7 @@ class Source:
 
 
 def read_source(path: str | Path) -> Source:
-    """Reads a tokenizer directory, its tokenizer.json, or a hub id.
+    """Reads a tokenizer directory or its tokenizer.json; `kllm.export.tokenizers` takes more.
 
     Raises:
         UserError: nothing there, or a file that cannot be read.
@@ -121,30 +119,7 @@ def _locate(path: str | Path) -> Path:
         return inner if not own and (inner / "tokenizer.json").is_file() else given
     if given.exists():
         raise UserError("not a tokenizer", where=str(path), hint="give the directory of tokenizer.json")
-    if not _HUB_ID.fullmatch(str(path)):
-        raise UserError("no such tokenizer directory", where=str(path), hint="check the path")
-    return _download(str(path))
-
-
-def _download(repo: str) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError as e:
-        raise UserError(
-            "no such directory, and the hub cannot be asked without huggingface_hub",
-            where=repo,
-            hint="check the path, or pip install 'kllm[hub]'",
-        ) from e
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=TOKENIZER_FILES))
-    except (OSError, ValueError) as e:  # every hub error derives from one of them
-        raise UserError(
-            f"no such directory, and not fetched from the hub either ({type(e).__name__})",
-            where=repo,
-            hint="check the name and the connection; HF_ENDPOINT names a mirror",
-        ) from e
-    except Exception as e:
-        raise KllmError(f"the hub did not answer: {type(e).__name__}", where=repo, hint="try again") from e
+    raise UserError("no such tokenizer directory", where=str(path), hint="check the path")
 
 
 def _template(directory: Path, config: dict[str, Any]) -> str | None:

@@ -65,7 +65,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, chat_template: str | None = None) -> Tokenizer:
-        """Reads a tokenizer directory (or its tokenizer.json, or a hub id).
+        """Reads a tokenizer directory (or its tokenizer.json).
 
         Args:
             path: directory with tokenizer.json, or with GPT-2's vocab.json and merges.txt.

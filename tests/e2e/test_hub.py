@@ -316,7 +316,7 @@ def test_what_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
         "model:me/bare": ("me/bare", "no weights"),
         "tokenizer:me/weights": ("me/weights", "no tokenizer.json"),
         "model:nowhere": ("no such file or directory", "OWNER/NAME"),
-        "model:a--b/..c": ("no such model on the hub",),
+        "model:a--b/..c": ("no such file or directory",),
         "model:me/tiny.pth": ("no such file", "check the path"),
     }
     for (ask, words), (said, code) in zip(cases.items(), asked(*cases), strict=True):

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from model_support import save_quantized
 
 from kllm.export.awq import quantize_awq
 from kllm.export.config import shape_to_config
 from kllm.export.hf import read_tensors
 from kllm.export.mapping import hf_to_state
 from kllm.export.packed import quantize_packed
-from kllm.export.quantized import QuantizedExport, dequantize_tensors, save_quantized
+from kllm.export.quantized import QuantizedExport, dequantize_tensors
 from kllm.export.shards import save_tensors
 from kllm.files import write_json
 from kllm.model.presets import ModelShape
@@ -87,7 +88,7 @@ def theirs(directory: Path, **how: Any) -> torch.Tensor:
 def test_packed_directories_load(name: str, bits: int, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     export = quantize_packed(random_model(SHAPES[name]), bits, dtype="float32")
-    save_quantized(export, SHAPES[name], None, tmp_path / "m")
+    save_quantized(export, SHAPES[name], tmp_path / "m")
     reference = ours(export, SHAPES[name])
     assert reference.abs().max() > 0.5
     assert (theirs(tmp_path / "m") - reference).abs().max() < 1e-4
@@ -100,7 +101,7 @@ def test_the_float16_file_loads_as_float32(name: str, bits: int, bound: float, t
     """transformers unpacks experts in the dtype of their scales, so their products are rounded to float16."""
     pytest.importorskip("compressed_tensors")
     export = quantize_packed(random_model(SHAPES[name]), bits)
-    save_quantized(export, SHAPES[name], None, tmp_path / "m")
+    save_quantized(export, SHAPES[name], tmp_path / "m")
     difference = theirs(tmp_path / "m", dtype=torch.float32) - ours(export, SHAPES[name])
     assert difference.abs().max() < bound
 
@@ -112,7 +113,7 @@ def test_scales_in_another_order_are_another_model(tmp_path: Path) -> None:
     reference = ours(export, BASE)
     for name in [n for n in export.tensors if n.endswith(".weight_scale")]:
         export.tensors[name] = export.tensors[name].roll(1, dims=0)
-    save_quantized(export, BASE, None, tmp_path / "m")
+    save_quantized(export, BASE, tmp_path / "m")
     assert (theirs(tmp_path / "m") - reference).abs().max() > 0.05
 
 
@@ -148,7 +149,7 @@ def test_awq_unpacked_runs_in_their_classes(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     model = random_model(shape)
     export = quantize_awq(model, [ROW[:60], ROW[40:]])
-    save_quantized(export, shape, None, tmp_path / "awq")
+    save_quantized(export, shape, tmp_path / "awq")
     tensors = dequantize_tensors(read_tensors(tmp_path / "awq"), export.quantization_config, "test")
     (tmp_path / "m").mkdir()
     save_tensors({n: t.float() for n, t in tensors.items()}, tmp_path / "m")

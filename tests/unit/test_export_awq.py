@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_support import save_quantized
 
 from kllm.errors import UserError
 from kllm.export import awq
@@ -25,7 +26,6 @@ from kllm.export.quantized import (
     pack_nibbles,
     round_asymmetric,
     rounded,
-    save_quantized,
     unpack_nibbles,
 )
 from kllm.model.presets import ModelShape
@@ -387,7 +387,7 @@ def test_damaged_tensors_are_refused() -> None:
 
 def test_a_directory_comes_back(tmp_path: Path) -> None:
     export = quantize_awq(outlier_model(BASE), token_rows(2, 40))
-    save_quantized(export, BASE, None, tmp_path / "m", max_shard_bytes=20_000)
+    save_quantized(export, BASE, tmp_path / "m", max_shard_bytes=20_000)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["quantization_config"] == export.quantization_config
     assert config["dtype"] == config["torch_dtype"] == "float16"

@@ -54,10 +54,12 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_offline_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kllm.export.tokenizers import load_tokenizer
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KllmError) as caught:
-        Tokenizer.load("nobody/nothing-here")
+        load_tokenizer("nobody/nothing-here")
     assert caught.value.where == "nobody/nothing-here" and "\n" not in str(caught.value)
 
 
