@@ -130,3 +130,44 @@ def test_a_qwen2_with_its_own_tokenizer_stays_one(tmp_path: Path) -> None:
         read = transformers.AutoTokenizer.from_pretrained(tmp_path / expected)
         for text in ("some 123 e\u0301", "words  你好\n\n x"):
             assert read(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_64_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+    """Cached decoding of another program, token for token, from five prompts."""
+    from kllm.export.verify import NEW_TOKENS, verify_hf
+
+    model = random_model(SHAPES[name].with_(max_position_embeddings=max(256, NEW_TOKENS * 2)))
+    save_model(model, None, tmp_path / "m")
+    report = verify_hf(model, None, tmp_path / "m")
+    assert report["greedy_equal"] == report["greedy_total"] >= 4 * NEW_TOKENS
+    assert report["max_abs_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_round_trips_bit_exactly(name: str, tmp_path: Path) -> None:
+    model = random_model(PRESETS[name].with_(num_hidden_layers=1, vocab_size=64))
+    save_model(model, None, tmp_path / "m")
+    again, _ = load_model(tmp_path / "m")
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_a_gateless_shared_expert_has_all_that_its_readers_take_for_granted(tmp_path: Path) -> None:
+    """Without the zero biases vLLM computes from memory that nobody wrote."""
+    from safetensors.torch import load_file
+
+    shape = SHAPES["qwen2-moe-shared"]
+    model = random_model(shape)
+    save_model(model, None, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["qkv_bias"] is True and config["tie_word_embeddings"] is False
+    assert torch.equal(tensors["lm_head.weight"], model.model.embed_tokens.weight)
+    for layer in range(shape.num_hidden_layers):
+        stem = f"model.layers.{layer}"
+        for part, size in (("q", shape.q_size), ("k", shape.kv_size), ("v", shape.kv_size)):
+            assert torch.equal(tensors[f"{stem}.self_attn.{part}_proj.bias"], torch.zeros(size))
+        assert not tensors[f"{stem}.mlp.shared_expert_gate.weight"].any()
+        down = model.state_dict()[f"{stem}.mlp.shared_expert.down_proj.weight"]
+        assert torch.equal(tensors[f"{stem}.mlp.shared_expert.down_proj.weight"], 2 * down)
