@@ -26,7 +26,8 @@ def export_stage(ctx: StageContext, stage: ExportStage) -> dict[str, Any]:
     say = ctx.reporter.message
     model, tokenizer = load_model(ctx.inputs["model"], say=say)
     if tokenizer is None:
-        raise UserError("the model has no tokenizer beside it", where=str(ctx.inputs["model"]))
+        hint = f"kllm convert {ctx.inputs['model']} OUT --tokenizer DIR gives it one"
+        raise UserError("the model has no tokenizer beside it", str(ctx.inputs["model"]), hint)
     model.eval()
     name = ctx.recipe.name
     rows: list[dict[str, str]] = []

@@ -60,7 +60,8 @@ def _eval_stage(ctx: StageContext, stage: EvalStage) -> dict[str, Any]:
     runtime = make_runtime(ctx.device)
     model, tokenizer = load_model(ctx.inputs["model"], runtime.device, say=ctx.reporter.message)
     if tokenizer is None:
-        raise UserError("the model has no tokenizer beside it", where=str(ctx.inputs["model"]))
+        hint = f"kllm convert {ctx.inputs['model']} OUT --tokenizer DIR gives it one"
+        raise UserError("the model has no tokenizer beside it", str(ctx.inputs["model"]), hint)
     model.eval()
     results: dict[str, Any] = {}
     for task in stage.tasks:
