@@ -19,7 +19,7 @@ from kllm.files import new_file, write_text
 from kllm.model.presets import gguf_arch
 from kllm.model.transformer import Transformer
 from kllm.run.exportcard import CARD_MARK, gguf_card, source_license
-from kllm.run.hffolder import SMALL
+from kllm.run.hffolder import verifies
 from kllm.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -118,7 +118,9 @@ def gguf_files(
     model.eval()
     arch = gguf_arch(model.shape)
     template = template_of(tokenizer) if ollama else None  # refused before anything is written
-    verifying = _verifies(verify, model, say)
+    verifying = verifies(verify, model, say)
+    if verifying and llamacpp.available() is None:
+        say("read back with the gguf package; llama.cpp itself is asked too after pip install xllamacpp")
     for note in _notes(tokenizer):
         say(note)
     files = []
@@ -187,17 +189,6 @@ def _paths(job: GgufExport, name: str) -> dict[str, Path]:
             if written.exists() and not job.overwrite:
                 raise UserError("is there already", where=str(written), hint="--overwrite, or name a new one")
     return paths
-
-
-def _verifies(wanted: bool | None, model: Transformer, say: Say) -> bool:
-    if wanted is False:
-        return False
-    if wanted is None and model.num_parameters() > SMALL:
-        say(f"not verified: above {SMALL:,} parameters only --verify asks for it")
-        return False
-    if llamacpp.available() is None:
-        say("read back with the gguf package; llama.cpp itself is asked too after pip install xllamacpp")
-    return True
 
 
 def _notes(tokenizer: Tokenizer) -> list[str]:

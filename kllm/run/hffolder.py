@@ -44,7 +44,7 @@ def hf_folder(
         KllmError: what was written is not what was meant.
     """
     report: dict[str, Any] = {"parameters": model.num_parameters(), "dtype": options.dtype}
-    verifying = verifies(options.verify, model, say)
+    verifying = verifies(options.verify, model, say, needs="transformers")
     if tokenizer is None:
         say("no tokenizer is beside the model, so the folder has none: --tokenizer DIR gives it one")
     if options.quant is None:
@@ -111,14 +111,14 @@ def _quantised(
     return report
 
 
-def verifies(wanted: bool | None, model: Transformer, say: Say) -> bool:
-    """Whether to verify: as asked, else if the model is small and transformers is here."""
+def verifies(wanted: bool | None, model: Transformer, say: Say, needs: str | None = None) -> bool:
+    """Whether to verify: as asked, else if the model is small and the package that it `needs` is here."""
     if wanted is not None:
         return wanted
     if model.num_parameters() > SMALL:
         say(f"not verified: above {SMALL:,} parameters only --verify asks for it")
         return False
-    if importlib.util.find_spec("transformers") is None:
-        say("not verified: transformers is not installed")
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        say(f"not verified: {needs} is not installed")
         return False
     return True
