@@ -45,9 +45,7 @@ class GgufInfo:
     """What is said about the model in `general.*`; empty texts are left out."""
 
     name: str
-    description: str = ""
     license: str = ""
-    languages: tuple[str, ...] = ()
     source: str = ""
     """The run or folder it was made from."""
 
@@ -114,12 +112,8 @@ def _add_general(writer: Any, info: GgufInfo, quant: str, model: Transformer) ->
     writer.add_type("model")
     writer.add_name(info.name)
     writer.add_size_label(size_label(model))
-    if info.description:
-        writer.add_description(info.description)
     if info.license:
         writer.add_license(info.license)
-    if info.languages:
-        writer.add_languages(list(info.languages))
     writer.add_tags(["kllm", "text-generation"])
     if info.source:
         writer.add_string("kllm.source", info.source)

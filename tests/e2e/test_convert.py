@@ -85,7 +85,7 @@ def test_another_tokenizer_keeps_shared_rows_and_averages_the_rest(source: Path,
     assert change["kept"] + change["from_pieces"] + change["from_mean"] == change["rows"]
     assert 256 <= change["kept"] < change["rows"]
     rows, was = model.model.embed_tokens.weight, before.model.embed_tokens.weight
-    spelled = 0
+    spelled = in_bytes = 0
     for i in range(new.vocab_size):
         token = new.id_to_token(i)
         assert token is not None
@@ -96,12 +96,13 @@ def test_another_tokenizer_keeps_shared_rows_and_averages_the_rest(source: Path,
             try:
                 new.bytes_of(i).decode()
                 pieces = old.encode(new.decode([i]))
-            except UnicodeDecodeError:  # a part of a character is spelled in bytes
+            except UnicodeDecodeError:  # a part of a character is spelled in bytes; a test of its own
+                in_bytes += 1
                 continue
             assert len(pieces) > 1
             torch.testing.assert_close(rows[i], was[pieces].mean(0))
             spelled += 1
-    assert 0 < spelled <= change["from_pieces"]
+    assert spelled > 0 and spelled + in_bytes == change["from_pieces"]
 
 
 def test_a_peft_adapter_is_merged_as_peft_merges_it(source: Path, tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_quantised_folders_say_what_they_cost(tmp_path: Path, quant: str, shape:
     else:
         done = kllm("convert", "m", "out", "--quant", quant, *group, "--json", cwd=tmp_path)
         report = json.loads(done.stdout)
-    assert report["quant"] == quant and report["bytes"] < 300_000
+    assert report["quant"] == quant and report["bytes"] < (300_000 if shape.is_moe else 200_000)
     cost = report["perplexity"]
     assert cost["before"] != cost["after"] and abs(cost["after"] / cost["before"] - 1) < 0.2
     config = json.loads((tmp_path / "out" / "config.json").read_text())

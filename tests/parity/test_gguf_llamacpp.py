@@ -85,7 +85,9 @@ def test_quantised_files_run(shape: ModelShape, quant: str, tokenizer: Tokenizer
     assert report["greedy_total"] > 100
     assert report["greedy_equal"] >= report["greedy_total"] * (0.9 if shape.is_moe else 1)
     assert report["texts_equal"] == 3
-    assert report["kl"] < 1  # random weights exaggerate; see test_real_model for a trained one
+    assert report["kl"] < (
+        1 if shape.is_moe else 0.5
+    )  # random weights exaggerate; see test_real_model for a trained one
 
 
 # ---- tokenisation

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_support import BASE as SMALL
 from model_support import save_quantized
 
 from kllm.export.awq import quantize_awq
@@ -22,17 +23,7 @@ from kllm.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")
 
-BASE = ModelShape(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    rope_theta=1e4,
-)
+BASE = SMALL.with_(vocab_size=96)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SHAPES = {
     "llama": BASE,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_support import BASE as SMALL
 from model_support import save_quantized
 
 from kllm.errors import UserError
@@ -31,17 +32,7 @@ from kllm.export.quantized import (
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 
-BASE = ModelShape(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    rope_theta=1e4,
-)
+BASE = SMALL.with_(vocab_size=96)
 MHA = BASE.with_(num_key_value_heads=4)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SHAPES = {

@@ -128,7 +128,7 @@ def fields_of(path: Path) -> dict[str, object]:
 
 def test_metadata(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = random_model(runnable("llama-yarn-factor-1").with_(vocab_size=tokenizer.vocab_size + 3))
-    info = GgufInfo("toy", license="mit", languages=("en", "zh"), source="runs/toy", description="a toy")
+    info = GgufInfo("toy", license="mit", source="runs/toy")
     write_gguf(model, tokenizer, tmp_path / "m.gguf", "f16", info)
     found = fields_of(tmp_path / "m.gguf")
     expected = {
@@ -136,7 +136,6 @@ def test_metadata(tokenizer: Tokenizer, tmp_path: Path) -> None:
         "general.type": "model",
         "general.name": "toy",
         "general.license": "mit",
-        "general.languages": ["en", "zh"],
         "general.size_label": "82K",
         "general.file_type": 1,
         "kllm.source": "runs/toy",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_support import BASE
 
 from kllm.errors import UserError
 from kllm.export import packed
@@ -17,17 +18,6 @@ from kllm.export.quantized import dequantize_tensors, is_quantised, pack_bits, u
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 
-BASE = ModelShape(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    rope_theta=1e4,
-)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SHAPES = {
     "llama": BASE,
