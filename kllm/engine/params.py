@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kllm.errors import UserError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+if TYPE_CHECKING:
+    from kllm.engine.grammar import Constraint
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,17 @@ class SamplingParams:
     `temperature` 0 (or `top_k` 1) is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off.
     `repetition_penalty` covers the prompt and the answer. `seed` None draws a fresh one; the same seed,
     prompt and model give the same answer whatever else runs in the batch. `stop` strings are matched on
-    the decoded text, also across token borders, and never appear in it. `stop_token_ids` end the answer
-    in addition to the tokenizer's own, which `ignore_eos` switches off.
+    the decoded text, also across token borders, and never appear in it; one that is a control token's text
+    stands for that token. `stop_token_ids` end the answer in addition to the tokenizer's own, which
+    `ignore_eos` switches off.
+
+    `presence_penalty` and `frequency_penalty` are subtracted from the logits of tokens that the answer has
+    (once, and per occurrence; OpenAI's rule), `logit_bias` is added. `min_tokens` forbids the end (stop ids
+    and stop strings) before. `logprobs` asks for the log-probability of each token and of so many best
+    ones, `prompt_logprobs` for those of the prompt's tokens, from the model's own distribution (before
+    penalties, bias, temperature and filters). `constraint` is a grammar that the answer obeys.
+    `shown_special_ids` are control tokens whose text stays in the text. `salt` keeps the prefix cache of
+    one tenant apart from another's.
 
     Raises:
         UserError: a value outside its range; `where` is the field's name.
@@ -35,6 +47,15 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
+    shown_special_ids: tuple[int, ...] = ()
+    salt: str = ""
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 or more")
@@ -47,6 +68,15 @@ class SamplingParams:
         # A lone string would be taken for a list of one-letter stops.
         _check(not isinstance(self.stop, str), "stop", self.stop, "a tuple of strings")
         _check(all(self.stop), "stop", self.stop, "strings that are not empty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(math.isfinite(value), name, value, "a finite number (0 = off)")
+        bias = [value for _, value in self.logit_bias]
+        _check(all(map(math.isfinite, bias)), "logit_bias", bias, "finite numbers")
+        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 (off) or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(count is None or count >= 0, name, count, "0 or more")
 
     @property
     def greedy(self) -> bool:
@@ -59,17 +89,31 @@ def _check(valid: bool, name: str, value: object, wanted: str) -> None:
         raise UserError(f"must be {wanted}, not {value!r}", where=name)
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability (natural, float32) of a token, and the best ones at its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass
 class Completion:
     """A finished answer.
 
     `token_ids` are all tokens drawn, the one that stopped the answer included; `text` is without it.
+    `logprobs` has one entry per token where asked for; `prompt_logprobs` one per prompt token, None for the
+    first. `cached_tokens` of the prompt's were not computed again.
     """
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason = "length"
     prompt_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,9 +121,15 @@ class Event:
     """News of one request after one engine step; the last one of a request has a `finish_reason`.
 
     `text` is whole characters only and may be empty while a character or a stop string is incomplete.
+    `logprobs` goes with `token_ids`; `prompt_logprobs` and `cached_tokens` come with the first event.
+    `message` says what went wrong when `finish_reason` is "error".
     """
 
     request_id: int
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
+    message: str = ""
