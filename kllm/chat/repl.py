@@ -254,8 +254,7 @@ class Repl:
     # -- output --------------------------------------------------------------------------------------
 
     def _banner(self) -> None:
-        model = self.session.engine.model
-        size = sum(p.numel() for p in model.parameters()) / 1e6
+        size = self.session.engine.parameters / 1e6
         self._note(f"{self.name}: {size:.1f}M parameters, context {self.session.engine.max_context}")
         if self.session.encoder is None:
             self._note("no chat template: the model continues your text")

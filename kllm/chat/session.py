@@ -201,7 +201,7 @@ def open_session(
         hint = f"kllm convert {model_path} OUT --tokenizer DIR gives it one"
         raise UserError("the model has no tokenizer beside it", where=model_path, hint=hint)
     model.eval()
-    engine = Engine(model, tokenizer, max_batch=1)
+    engine = Engine(model, tokenizer, max_batch=1, owns_model=True)
     return Session(engine, tokenizer, system=system, sampling=sampling or SamplingParams())
 
 

@@ -1,126 +1,186 @@
-"""The slot KV cache: one row of keys and values per running request, rows 0..n-1 without gaps.
+"""The KV cache of a step: stores the new keys and values and attends to all of them.
 
-Rows, not pages: on a CPU gathering pages would copy the whole cache every step, which is as much memory
-traffic as attention itself. Live rows stay packed at the front (a finished row is overwritten by the last
-one), so a step reads plain slices. Buffers [rows, kv_heads, length, head_dim], one pair per layer, double
-in rows or in length as they are needed.
-
-Protocol with the model: the engine announces a step (`prefill` or `decode`), the model calls
-`update(layer, k, v)` once per layer and attends to what comes back under `mask`.
+A step is a flat row of tokens, cut into segments: some tokens of one request each. Single tokens (the
+answers under way) of one pool attend together, one masked SDPA a pool; longer segments (prefill chunks,
+proposed tokens) attend alone. Protocol: `begin(segments)`, then the model calls `attend` once a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_ALIGN = 64  # decode attends to a multiple of this many keys, so that shapes repeat
-_MIN_LENGTH = 256
+from kllm.engine.kvformat import KVFormat, Plain
+from kllm.engine.rows import Pool, Row
+
+_ALIGN = 64  # single tokens attend to a multiple of this many keys, so that shapes repeat
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` new tokens of `row` at positions start..start+count-1."""
+
+    row: Row
+    start: int
+    count: int
+
+
+def in_order(segment: Segment) -> tuple[bool, int, int]:
+    """Sort key: the order in which a step's segments must come."""
+    return segment.count > 1, segment.row.pool.capacity, segment.row.index
+
+
+@dataclass
+class _Singles:
+    """One new token for some rows of a pool; tokens a..b-1 of the step."""
+
+    pool: Pool
+    a: int
+    b: int
+    rows: Tensor
+    positions: Tensor
+    at: int
+    """The first of `positions`."""
+    keys: int
+    mask: Tensor | None
+    """bool [last - first, 1, 1, keys]; None when every row sees all its keys."""
+    first: int
+    last: int
+    """Rows first..last-1 attend: those that have tokens and the ones between them."""
+
+
+@dataclass
+class _Chunk:
+    """Several new tokens of one row; tokens a..b-1 of the step."""
+
+    row: Row
+    a: int
+    b: int
+    start: int
+    mask: Tensor | None
+    """bool [count, start + count]; None for a chunk that starts the row (plain causal)."""
 
 
 class KVCache:
-    """Keys and values of up to `max_rows` requests of up to `max_length` tokens.
+    """Attention over rows.
 
-    `mask` is what attention must use in the announced step: None for plain causal attention over the keys
-    that `update` returns (a prefill, or one query that sees all of them), else bool [B, 1, 1, keys].
+    Args:
+        fmt: how keys and values are kept.
+        device: where the rows live.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
-        max_rows: int,
-        max_length: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
-        self.max_rows, self.max_length = max_rows, max_length
-        self.dtype, self.device = dtype, torch.device(device)
-        self.rows, self.length = 0, 0
-        self.mask: Tensor | None = None
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._span: tuple[slice, slice] | None = None
-        self._at: tuple[Tensor, Tensor] | None = None
-        self._keys_seen = 0
+    def __init__(self, fmt: KVFormat, device: torch.device | str = "cpu") -> None:
+        self.fmt, self.device = fmt, torch.device(device)
+        self._plain = isinstance(fmt, Plain)
+        self._groups: list[_Singles | _Chunk] = []
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the buffers."""
-        return sum(t.nbytes for t in (*self._keys, *self._values))
+    def begin(self, segments: Sequence[Segment]) -> None:
+        """Announces a step; `segments`, sorted by `in_order`, stand for its tokens one after another."""
+        self._groups = []
+        at = first = 0
+        while first < len(segments) and segments[first].count == 1:
+            last = first
+            pool = segments[first].row.pool
+            while last < len(segments) and segments[last].count == 1 and segments[last].row.pool is pool:
+                last += 1
+            self._groups.append(self._singles(pool, segments[first:last], at))
+            at += last - first
+            first = last
+        for segment in segments[first:]:
+            self._groups.append(self._chunk(segment, at))
+            at += segment.count
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Makes room for `rows` rows of `length` tokens, keeping what is stored."""
-        if rows <= self.rows and length <= self.length:
-            return
-        if rows > self.max_rows or length > self.max_length:
-            raise ValueError(f"cache of {self.max_rows} x {self.max_length} asked for {rows} x {length}")
-        old_rows, old_length = self.rows, self.length
-        self.rows = min(_power_of_two(max(rows, old_rows, 1)), self.max_rows)
-        self.length = min(_power_of_two(max(length, old_length, _MIN_LENGTH)), self.max_length)
-        shape = (self.rows, self.kv_heads, self.length, self.head_dim)
-        for buffers in (self._keys, self._values):
-            for layer in range(self.layers):
-                # Zeros, not empty: a masked key is multiplied by 0, and 0 x NaN is NaN.
-                grown = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                if layer < len(buffers):
-                    grown[:old_rows, :, :old_length] = buffers[layer]
-                    buffers[layer] = grown
-                else:
-                    buffers.append(grown)
+    def _singles(self, pool: Pool, segments: Sequence[Segment], at: int) -> _Singles:
+        rows = [s.row.index for s in segments]
+        starts = [s.start for s in segments]
+        longest, mask = max(starts) + 1, None
+        first, last = rows[0], rows[-1] + 1
+        gapless = last - first == len(rows)
+        keys = longest
+        positions = torch.tensor(starts, device=self.device)
+        index = torch.tensor(rows, device=self.device)
+        if not gapless or min(starts) + 1 != longest:
+            keys = min(-(-longest // _ALIGN) * _ALIGN, pool.capacity)
+            ends = positions
+            if not gapless:  # the rows between have no token in this step: their results are dropped
+                ends = torch.zeros(last - first, dtype=torch.int64, device=self.device)
+                ends.index_copy_(0, index - first, positions)
+            mask = (torch.arange(keys, device=self.device) <= ends[:, None])[:, None, None]
+        return _Singles(pool, at, at + len(rows), index, positions, starts[0], keys, mask, first, last)
 
-    def prefill(self, first: int, rows: int, length: int) -> None:
-        """Announces a first pass over new rows first..first+rows-1, all padded on the right to `length`.
+    def _chunk(self, segment: Segment, at: int) -> _Chunk:
+        mask = None
+        if segment.start:
+            ends = torch.arange(segment.start, segment.start + segment.count, device=self.device)
+            mask = torch.arange(segment.start + segment.count, device=self.device) <= ends[:, None]
+        return _Chunk(segment.row, at, at + segment.count, segment.start, mask)
 
-        The padding's keys are stored too; they lie behind each row's end and are overwritten or masked.
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k, v [N, kv_heads, D] of the step's tokens and attends.
+
+        Args:
+            layer: number of the layer.
+            q: [N, heads, D].
+
+        Returns:
+            [N, heads * D].
         """
-        self.reserve(first + rows, length)
-        self._span = (slice(first, first + rows), slice(0, length))
-        self._at, self.mask = None, None
+        if not self._groups:
+            raise RuntimeError("announce a step with begin() before running the model")
+        outs = []
+        for group in self._groups:
+            part = slice(group.a, group.b)
+            new = q[part], k[part], v[part]
+            if isinstance(group, _Singles):
+                outs.append(self._attend_singles(group, layer, *new))
+            else:
+                outs.append(self._attend_chunk(group, layer, *new))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def decode(self, positions: Sequence[int]) -> None:
-        """Announces one more token for rows 0..n-1, row i's at `positions[i]`."""
-        longest = max(positions) + 1
-        self.reserve(len(positions), longest)
-        if min(positions) + 1 == longest:
-            self._span = (slice(0, len(positions)), slice(longest - 1, longest))
-            self._at, self.mask, self._keys_seen = None, None, longest
-            return
-        keys = min(-(-longest // _ALIGN) * _ALIGN, self.length)
-        at = torch.tensor(positions, dtype=torch.int64, device=self.device)
-        self._span = None
-        self._at = (torch.arange(len(positions), device=self.device), at)
-        self.mask = (torch.arange(keys, device=self.device) <= at[:, None])[:, None, None]
-        self._keys_seen = keys
+    def _attend_singles(self, group: _Singles, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = group.pool.keys[layer], group.pool.values[layer]
+        n, heads, dim = q.shape
+        self._store(keys, group, k)
+        self._store(values, group, v)
+        rows, seen = slice(group.first, group.last), slice(0, group.keys)
+        all_k = self._decoded([t[rows, :, seen] for t in keys])
+        all_v = self._decoded([t[rows, :, seen] for t in values])
+        slots = group.last - group.first
+        if slots != n:
+            q = q.new_zeros(slots, heads, dim).index_copy_(0, group.rows - group.first, q)
+        # the heads of a group share keys: they are the queries of one attention, nothing is repeated
+        grouped = q.view(slots, all_k.shape[1], -1, dim)
+        out = F.scaled_dot_product_attention(grouped, all_k, all_v, attn_mask=group.mask)
+        out = out.reshape(slots, heads * dim)
+        return out if slots == n else out[group.rows - group.first]
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v [B, kv_heads, S, head_dim] of this step; returns all keys and values to attend to."""
-        keys, values = self._keys[layer], self._values[layer]
-        if self._at is not None:
-            at, positions = self._at
-            keys[at, :, positions] = k[:, :, 0]
-            values[at, :, positions] = v[:, :, 0]
-            return keys[: len(k), :, : self._keys_seen], values[: len(k), :, : self._keys_seen]
-        if self._span is None:
-            raise RuntimeError("announce a step with prefill() or decode() before running the model")
-        rows, span = self._span
-        keys[rows, :, span] = k
-        values[rows, :, span] = v
-        if span.start == 0:
-            return k, v
-        return keys[rows, :, : self._keys_seen], values[rows, :, : self._keys_seen]
+    def _attend_chunk(self, group: _Chunk, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        row, start, stop = group.row, group.start, group.start + len(q)
+        index = row.index
+        for buffers, new in ((row.pool.keys[layer], k), (row.pool.values[layer], v)):
+            for buffer, part in zip(buffers, self.fmt.encode(new), strict=True):
+                buffer[index, :, start:stop] = part.transpose(0, 1)
+        if start == 0 and self._plain:
+            all_k, all_v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        else:
+            all_k = self._decoded([t[index : index + 1, :, :stop] for t in row.pool.keys[layer]])
+            all_v = self._decoded([t[index : index + 1, :, :stop] for t in row.pool.values[layer]])
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], all_k, all_v, attn_mask=group.mask,
+            is_causal=group.mask is None, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out[0].transpose(0, 1).reshape(len(q), -1)
 
-    @torch.inference_mode()  # the buffers were made inside a step; cancelling comes from outside one
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` tokens of row `source` over row `target`."""
-        for buffer in (*self._keys, *self._values):
-            buffer[target, :, :length] = buffer[source, :, :length]
+    def _store(self, buffers: list[Tensor], group: _Singles, new: Tensor) -> None:
+        for buffer, part in zip(buffers, self.fmt.encode(new), strict=True):
+            if len(new) == 1:  # an indexed write costs three times as much as a slice
+                buffer[group.first, :, group.at] = part[0]
+            else:
+                buffer[group.rows, :, group.positions] = part
 
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    def _decoded(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] if self._plain else self.fmt.decode(parts)

@@ -1,76 +1,163 @@
 """The engine: the only place where text is generated. Requests join and leave a running batch.
 
-Every `step` feeds one token to each running request in one pass over the model, then prefills waiting
-requests into the free rows. What a request gets depends on its prompt, its parameters and its seed, not
-on its neighbours. Later versions (prefix reuse, chunked prefill, paging) keep this interface.
+Every `step` is one pass over the model: one token of each answer under way and a chunk of the prompts
+that wait. What a request gets depends on its prompt, its parameters and its seed, not on its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kllm.engine.cache import KVCache
-from kllm.engine.params import Completion, Event, SamplingParams
-from kllm.engine.sampler import RowSettings, sample, uniforms
-from kllm.engine.scheduler import Request, Scheduler
+from kllm.engine.kvformat import kv_format
+from kllm.engine.params import Completion, EngineStats, Event, SamplingParams
+from kllm.engine.prefix import PrefixCache
+from kllm.engine.request import Request
+from kllm.engine.rows import PAGE, Rows
+from kllm.engine.scheduler import Scheduler
+from kllm.engine.stepper import Stepper
 from kllm.errors import UserError
+from kllm.model.decode import Prepared, ScratchCache, prepare
+from kllm.model.presets import count_parameters
+from kllm.model.transformer import Transformer
 
 if TYPE_CHECKING:
-    from kllm.model.transformer import Transformer
     from kllm.tokenizer.tokenizer import Tokenizer
 
-_PREFILL_TOKENS = 4096  # prompt tokens per step: bounds activations and the pause of running answers
+_MEMORY = 2**31  # bytes of keys and values unless told otherwise
+_CHUNK = {"cpu": 256, "mps": 512}
+_GPU_CHUNK = 2048
 
 
 class Engine:
     """Batched generation over one model.
 
     Args:
-        model: the transformer; its own device and dtype are used, it is put into eval mode while stepping.
+        model: the transformer, of which the engine makes its own copy, laid out for generation (see
+            `reload`); or such a copy, made by `prepare`.
         tokenizer: for text, stop strings and the default stop tokens; None generates token ids only.
         max_batch: most requests that run at once; others wait in order.
         max_context: most tokens of prompt and answer together; at most (and by default) the model's
             positions.
+        kv_memory: bytes for keys and values, running and cached.
+        kv_dtype: `auto` (the model's numbers), `int8` or `int4`.
+        prefill_chunk: prompt tokens computed beside the answers under way in one step.
+        prefix_cache: whether beginnings of prompts that were computed before are used again.
+        weights: `auto`, `fp32`, `int8` or `int4`; see `kllm.model.decode.prepare`.
+        speculate: so many tokens are guessed and checked at once (0: none), from the text so far or by
+            `draft`, a smaller model with the same vocabulary. Changes the speed only.
+        owns_model: the model's own matrices may be freed.
 
-    Not thread-safe: one thread calls it.
+    Not thread-safe: one thread calls it (`check` may be called from any).
+
+    Raises:
+        UserError: options that do not fit the model.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | Prepared,
         tokenizer: Tokenizer | None,
         *,
         max_batch: int = 32,
         max_context: int | None = None,
+        kv_memory: int | None = None,
+        kv_dtype: str = "auto",
+        prefill_chunk: int | None = None,
+        prefix_cache: bool = True,
+        weights: str = "auto",
+        speculate: int = 0,
+        draft: Transformer | None = None,
+        owns_model: bool = False,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, not {max_batch}")
-        shape = model.shape
-        self.model, self.tokenizer = model, tokenizer
-        self.max_context = min(max_context or shape.max_position_embeddings, shape.max_position_embeddings)
-        weight = model.head_weight
-        self.device = weight.device
-        self.cache = KVCache(
-            shape.num_hidden_layers,
-            shape.num_key_value_heads,
-            shape.head_dim,
-            max_rows=max_batch,
-            max_length=self.max_context,
-            dtype=weight.dtype,
-            device=self.device,
+        self.shape, self.tokenizer = model.shape, tokenizer
+        self.parameters = count_parameters(model.shape)
+        self.prepared = (
+            prepare(model, weights=weights, own=owns_model) if isinstance(model, Transformer) else model
         )
-        self._scheduler = Scheduler(max_batch, _PREFILL_TOKENS)
-        self._settings: RowSettings | None = None
+        self.device = torch.device(self.prepared.device)
+        wanted = min(max_context or self.shape.max_position_embeddings, self.shape.max_position_embeddings)
+        fmt = kv_format(kv_dtype, self.shape.head_dim, self.prepared.dtype)
+        layers, kv_heads = self.shape.num_hidden_layers, self.shape.num_key_value_heads
+        budget = _MEMORY if kv_memory is None else kv_memory
+        rows = Rows(layers, kv_heads, fmt, max_length=wanted, budget=budget, device=self.device)
+        if kv_memory is None:
+            rows.budget = max(budget, wanted * rows.token_bytes)
+        self.max_context = rows.longest
+        if not self.max_context:
+            raise UserError(
+                f"{budget:,} bytes hold {budget // rows.token_bytes} tokens",
+                where="kv-memory",
+                hint=f"a token takes {rows.token_bytes:,}; give more",
+            )
+        chunk = prefill_chunk or _CHUNK.get(self.device.type, _GPU_CHUNK)
+        self.scheduler = Scheduler(rows, PrefixCache(prefix_cache), max_running=max_batch, chunk=chunk)
+        proposer = self._proposer(speculate, draft, weights)
+        cache = KVCache(fmt, self.device)
+        self._stepper = Stepper(
+            self.prepared, self.scheduler, cache, proposer, self.shape.vocab_size, self.device
+        )
         self._next_id = 0
+        self._prompt_tokens = 0
         self._early: list[Event] = []  # finished without a step: cancelled, or nothing to generate
         self._claimed: dict[int, list[Event]] = {}  # events that generate() or stream() waits for
         self._unread: list[Event] = []  # events of other requests that came while these stepped
 
+    def _proposer(self, speculate: int, draft: Transformer | None, weights: str) -> Any:
+        if draft is None:
+            from kllm.engine.spec import PromptLookup
+
+            return PromptLookup(speculate) if speculate else None
+        from kllm.engine.draft import DraftModel
+
+        if draft.shape.vocab_size != self.shape.vocab_size:
+            raise UserError(
+                f"{draft.shape.vocab_size:,} tokens, the model has {self.shape.vocab_size:,}",
+                where="draft",
+                hint="a draft model needs the model's own tokenizer",
+            )
+        return DraftModel(prepare(draft, weights=weights), speculate or 4)
+
+    def reload(self, model: Transformer) -> None:
+        """Takes new weights of the same shape; what was cached with the old ones is forgotten."""
+        self.prepared.reload(model)
+        self.scheduler.prefix.clear()
+
     # -- the asynchronous face: submit, step, cancel -------------------------------------------------
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Whether `submit` would take this. Pure, for any thread.
+
+        Raises:
+            UserError: empty prompt, ids outside the vocabulary, a prompt longer than the context, or
+                stop strings without a tokenizer.
+        """
+        vocab = self.shape.vocab_size
+        if not prompt_ids:
+            raise UserError("the prompt has no tokens", where="prompt")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
+            bad = next(t for t in prompt_ids if not 0 <= t < vocab)
+            raise UserError(f"token id {bad} is outside the vocabulary of {vocab}", where="prompt")
+        if len(prompt_ids) > self.max_context:
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens, the model's context is {self.max_context}",
+                where="prompt",
+                hint="shorten the prompt",
+            )
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer", where="stop")
+        biased = [token for token, _ in params.logit_bias]
+        for name, ids in (("logit_bias", biased), ("stop_token_ids", params.stop_token_ids)):
+            wrong = next((t for t in ids if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise UserError(f"token id {wrong} is outside the vocabulary of {vocab}", where=name)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         """Queues a request and returns its id.
@@ -79,51 +166,101 @@ class Engine:
         gets an empty answer.
 
         Raises:
-            UserError: empty prompt, ids outside the vocabulary, a prompt longer than the context, or
-                stop strings without a tokenizer.
+            UserError: as `check`.
         """
-        prompt, vocab = list(prompt_ids), self.model.shape.vocab_size
-        if not prompt:
-            raise UserError("the prompt has no tokens", where="prompt")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            bad = next(t for t in prompt if not 0 <= t < vocab)
-            raise UserError(f"token id {bad} is outside the vocabulary of {vocab}", where="prompt")
-        if len(prompt) > self.max_context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, the model's context is {self.max_context}",
-                where="prompt",
-                hint="shorten the prompt",
-            )
-        if params.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer", where="stop")
+        prompt = list(prompt_ids)
+        self.check(prompt, params)
         limit = min(params.max_tokens, self.max_context - len(prompt))
-        request = Request(self._next_id, prompt, params, self.tokenizer, limit, vocab)
+        scored = params.prompt_logprobs is not None
+        request = Request(
+            self._next_id, prompt, params, self.tokenizer, max(limit, int(scored)), self.shape.vocab_size
+        )
         self._next_id += 1
-        if limit == 0:
+        self._prompt_tokens += len(prompt)
+        if limit == 0 and not scored:
             self._early.append(request.finish("length"))
         else:
-            self._scheduler.waiting.append(request)
+            request.mute = limit == 0
+            self.scheduler.waiting.append(request)
         return request.number
 
     def cancel(self, request_id: int) -> None:
         """Ends a request at once; the next step reports it. Unknown and finished ids are ignored."""
-        request = self._scheduler.find(request_id)
+        request = self.scheduler.find(request_id)
         if request is not None:
             self._early.append(request.finish("cancelled"))
-            self._release(request)
+            self._stepper.release(request)
+
+    def fail_all(self, message: str) -> list[Event]:
+        """Ends every request with `error` after a step went wrong; nothing computed is trusted any more."""
+        s = self.scheduler
+        events, self._early = self._early, []
+        for request in [*s.running, *s.waiting]:
+            self._stepper.release(request, keep=False)
+            events.append(request.finish("error", message))
+        s.prefix.clear()
+        return events
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to report."""
-        s = self._scheduler
+        s = self.scheduler
         return bool(s.running or s.waiting or self._early or self._unread)
 
     def step(self) -> list[Event]:
-        """One token for every running request and the first one for those that can join."""
+        """One token (or some that were guessed) for every answer under way, and a chunk of the prompts."""
         events, self._unread = self._unread, []
         for event in self._advance():
             self._claimed.get(event.request_id, events).append(event)
         return events
+
+    def _advance(self) -> list[Event]:
+        events, self._early = self._early, []
+        if self.scheduler.running or self.scheduler.waiting:
+            with torch.inference_mode():
+                events += self._stepper.step()
+        return events
+
+    def stats(self) -> EngineStats:
+        """Counts for metrics and tests."""
+        s, step = self.scheduler, self._stepper
+        total = s.rows.budget // (PAGE * s.rows.token_bytes)
+        return EngineStats(
+            running=len(s.running),
+            waiting=len(s.waiting),
+            kv_pages_total=total,
+            kv_pages_free=total - s.rows.live_pages,
+            kv_pages_cached=s.prefix.pages,
+            preemptions=s.preemptions,
+            prefix_queries=s.prefix_queries,
+            prefix_hits=s.prefix_hits,
+            prompt_tokens=self._prompt_tokens,
+            computed_tokens=step.computed_tokens,
+            generation_tokens=step.generation_tokens,
+        )
+
+    def kv_line(self) -> str:
+        """The memory bound in words."""
+        rows = self.scheduler.rows
+        mib, tokens = rows.budget / 2**20, rows.budget // rows.token_bytes
+        return f"KV {mib:,.0f} MiB = {tokens:,} tokens, {self.scheduler.max_running} rows"
+
+    @torch.inference_mode()
+    def embed(self, prompt_ids: Sequence[int], pooling: str = "mean") -> Tensor:
+        """A vector of a text: the mean of its last hidden states, or the last of them.
+
+        Returns:
+            float32 [H], not normalised.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self.check(prompt_ids, SamplingParams())
+        ids = torch.tensor(list(prompt_ids), dtype=torch.int64, device=self.device)
+        self.prepared.ensure_context(len(ids))
+        positions = torch.arange(len(ids), device=self.device)
+        hidden = self.prepared(ids, positions, ScratchCache()).float()
+        return hidden[-1] if pooling == "last" else hidden.mean(0)
 
     # -- the synchronous face ------------------------------------------------------------------------
 
@@ -153,12 +290,9 @@ class Engine:
                 index[self.submit(prompt, one)] = i
             for event in self._events(set(index)):
                 i = index[event.request_id]
-                done[i].token_ids += event.token_ids
-                done[i].text += event.text
-                if event.finish_reason is not None:
-                    done[i].finish_reason = event.finish_reason
+                done[i].add(event)
                 if on_event is not None:
-                    on_event(Event(i, event.token_ids, event.text, event.finish_reason))
+                    on_event(replace(event, request_id=i))
         finally:
             self._drop(set(index))
         return done
@@ -198,74 +332,3 @@ class Engine:
             self.cancel(number)
             self._claimed.pop(number, None)
         self._early = [e for e in self._early if e.request_id not in numbers]
-
-    # -- one step ------------------------------------------------------------------------------------
-
-    def _advance(self) -> list[Event]:
-        events, self._early = self._early, []
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            with torch.inference_mode():
-                if self._scheduler.running:
-                    events += self._decode()
-                for group in self._scheduler.admit():
-                    events += self._prefill(group)
-        finally:
-            if training:
-                self.model.train()
-        return events
-
-    def _decode(self) -> list[Event]:
-        running = list(self._scheduler.running)
-        positions = [r.position for r in running]
-        self.model.ensure_context(max(positions) + 1)
-        self.cache.decode(positions)
-        tokens = self._tensor([[r.output[-1]] for r in running])
-        hidden = self.model(tokens, self._tensor(positions)[:, None], cache=self.cache)
-        if self._settings is None:
-            self._settings = self._build(running)
-        return self._accept(running, self._sample(running, hidden[:, 0], self._settings))
-
-    def _prefill(self, group: list[Request]) -> list[Event]:
-        """First pass over new requests, padded on the right: causal attention never sees the padding."""
-        lengths = [len(r.prompt) for r in group]
-        longest = max(lengths)
-        self.model.ensure_context(longest)
-        self.cache.prefill(len(self._scheduler.running), len(group), longest)
-        tokens = self._tensor([r.prompt + [0] * (longest - len(r.prompt)) for r in group])
-        positions = torch.arange(longest, device=self.device).expand(len(group), -1)
-        hidden = self.model(tokens, positions, cache=self.cache)
-        last = hidden[torch.arange(len(group), device=self.device), self._tensor(lengths) - 1]
-        drawn = self._sample(group, last, self._build(group))
-        self._scheduler.start(group)
-        self._settings = None
-        return self._accept(group, drawn)
-
-    def _sample(self, requests: list[Request], hidden: Tensor, settings: RowSettings) -> list[int]:
-        """Next token of each request from the hidden states [B, H] of its newest one."""
-        logits = self.model.logits(hidden).float()
-        noise = uniforms([r.seed for r in requests], [len(r.output) for r in requests])
-        seen = [r.seen for r in requests if r.seen is not None]
-        return sample(logits, settings, noise, torch.stack(seen).to(self.device) if seen else None).tolist()
-
-    def _accept(self, requests: list[Request], tokens: list[int]) -> list[Event]:
-        events = [request.accept(token) for request, token in zip(requests, tokens, strict=True)]
-        for request in requests:
-            if request.finish_reason is not None:
-                self._release(request)
-        return events
-
-    def _release(self, request: Request) -> None:
-        self._settings = None
-        moved = self._scheduler.remove(request)
-        if moved is not None:
-            source, target = moved
-            self.cache.move(source, target, self._scheduler.running[target].position)
-
-    def _build(self, requests: list[Request]) -> RowSettings:
-        return RowSettings.build([r.params for r in requests], self.device, self.model.shape.vocab_size)
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)

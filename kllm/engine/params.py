@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -84,6 +85,14 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
+def choice_seed(seed: int | None, choice: int) -> int | None:
+    """The seed of the n-th answer to one prompt: the seed itself for the first, unrelated ones after it."""
+    if seed is None or choice == 0:
+        return seed
+    mixed = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(mixed, "little")
+
+
 def _check(valid: bool, name: str, value: object, wanted: str) -> None:
     if not valid:
         raise UserError(f"must be {wanted}, not {value!r}", where=name)
@@ -115,6 +124,17 @@ class Completion:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
 
+    def add(self, event: Event) -> None:
+        """Takes what an event brings."""
+        self.token_ids += event.token_ids
+        self.text += event.text
+        self.logprobs += event.logprobs
+        self.cached_tokens += event.cached_tokens
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = list(event.prompt_logprobs)
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason
+
 
 @dataclass(frozen=True)
 class Event:
@@ -133,3 +153,20 @@ class Event:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     cached_tokens: int = 0
     message: str = ""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts of an engine; a page is 16 tokens. Pages that hold cached prefixes count as free."""
+
+    running: int
+    waiting: int
+    kv_pages_total: int
+    kv_pages_free: int
+    kv_pages_cached: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    prompt_tokens: int
+    computed_tokens: int
+    generation_tokens: int

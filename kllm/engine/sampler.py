@@ -3,8 +3,8 @@
 Every filter becomes a probability threshold per row (top-k: the k-th value; top-p: the last value of the
 nucleus; min-p: a share of the best), so the whole vocabulary is never sorted unless a flat distribution
 needs it. One uniform number per token then picks by inverse CDF; it is a hash of (seed, token number),
-so a row's draw cannot depend on its neighbours. Order as in transformers: repetition penalty,
-temperature, top-k, top-p (of what top-k kept), min-p.
+so a row's draw cannot depend on its neighbours. Order as in transformers: temperature, top-k, top-p (of
+what top-k kept), min-p; `kllm.engine.adjust` has been at the logits before.
 """
 
 from __future__ import annotations
@@ -45,12 +45,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class RowSettings:
     """The parameters of B rows as tensors; rebuilt only when the batch changes.
 
-    `penalised` and `sampled` are int64 row numbers (the rows with a repetition penalty and those that are
-    not greedy); the other tensors have one entry per penalised or sampled row, shaped [n, 1].
+    `sampled` are the int64 numbers of the rows that are not greedy; the other tensors have one entry per
+    sampled row, shaped [n, 1].
     """
 
-    penalised: Tensor
-    penalty: Tensor
     sampled: Tensor
     temperature: Tensor
     top_k: Tensor
@@ -62,7 +60,6 @@ class RowSettings:
     @classmethod
     def build(cls, params: Sequence[SamplingParams], device: torch.device, vocab: int) -> RowSettings:
         """Settings of `params`, one per row, for logits of `vocab` columns on `device`."""
-        penalised = [i for i, p in enumerate(params) if p.repetition_penalty != 1.0]
         sampled = [i for i, p in enumerate(params) if not p.greedy]
         rows = [params[i] for i in sampled]
 
@@ -70,8 +67,6 @@ class RowSettings:
             return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
         return cls(
-            penalised=torch.tensor(penalised, dtype=torch.int64, device=device),
-            penalty=column([params[i].repetition_penalty for i in penalised]),
             sampled=torch.tensor(sampled, dtype=torch.int64, device=device),
             temperature=column([max(p.temperature, 1e-5) for p in rows]),
             top_k=column([min(p.top_k, vocab) for p in rows], torch.int64),
@@ -82,22 +77,17 @@ class RowSettings:
         )
 
 
-def sample(logits: Tensor, settings: RowSettings, noise: np.ndarray, seen: Tensor | None) -> Tensor:
+def sample(logits: Tensor, settings: RowSettings, noise: np.ndarray) -> Tensor:
     """Next token ids, int64 [B].
 
     Args:
-        logits: float32 [B, V].
+        logits: float32 [B, V], adjusted.
         settings: the parameters of the B rows.
         noise: float32 [B] from `uniforms`.
-        seen: bool [penalised rows, V], tokens that occurred in the prompt or the answer.
 
     Raises:
         KllmError: a row without a finite best logit (damaged weights).
     """
-    if seen is not None and len(settings.penalised):
-        rows = logits[settings.penalised]
-        scaled = torch.where(rows < 0, rows * settings.penalty, rows / settings.penalty)
-        logits = logits.index_copy(0, settings.penalised, torch.where(seen, scaled, rows))
     best = logits.argmax(-1)
     if not bool(logits.gather(1, best[:, None]).isfinite().all()):
         hint = "its weights are damaged or its training diverged"

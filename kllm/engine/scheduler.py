@@ -1,140 +1,172 @@
-"""Who waits, who runs, and in which row: the bookkeeping of the engine, without a model."""
+"""Who waits, who runs, and how many tokens of whom a step computes: bookkeeping without a model.
+
+First come, first served. Answers under way go first, one token each; then prompts, in chunks, so that a
+long one never stalls the others: the oldest gets at least half of the chunk, those behind it the rest.
+Memory is taken as it is needed; when there is none left the youngest request gives its row back and
+starts again later from its prompt and what it has said.
+"""
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
-from kllm.engine.params import Event, FinishReason, SamplingParams
-from kllm.engine.stops import StopMatcher
-
-if TYPE_CHECKING:
-    from kllm.tokenizer.tokenizer import Tokenizer
-
-
-class Request:
-    """One prompt on its way to an answer.
-
-    Args:
-        number: the request's id.
-        prompt: token ids, at least one.
-        params: how to sample.
-        tokenizer: turns tokens into text; None leaves the text empty.
-        limit: most tokens the answer may have, from `max_tokens` and the context.
-        vocab: number of logits.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        prompt: list[int],
-        params: SamplingParams,
-        tokenizer: Tokenizer | None,
-        limit: int,
-        vocab: int,
-    ) -> None:
-        self.number, self.prompt, self.params, self.limit = number, prompt, params, limit
-        self.output: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.seed = secrets.randbits(64) if params.seed is None else params.seed
-        own = () if params.ignore_eos or tokenizer is None else tokenizer.stop_token_ids
-        self.stop_ids = frozenset((*own, *params.stop_token_ids))
-        self._decoder = tokenizer.stream_decoder() if tokenizer is not None else None
-        self._stops = StopMatcher(params.stop)
-        self.seen: Tensor | None = None
-        if params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(vocab, dtype=torch.bool)
-            self.seen[prompt] = True
-
-    @property
-    def position(self) -> int:
-        """Where the newest token, the next one to be fed to the model, stands."""
-        return len(self.prompt) + len(self.output) - 1
-
-    def accept(self, token: int) -> Event:
-        """Takes the next token; says what is new and whether the answer is over."""
-        self.output.append(token)
-        if self.seen is not None:
-            self.seen[token] = True
-        text = ""
-        if token in self.stop_ids:
-            self.finish_reason = "stop"
-        else:
-            text = self._stops.feed(self._decoder.put(token)) if self._decoder else ""
-            if self._stops.stopped:
-                self.finish_reason = "stop"
-            elif len(self.output) >= self.limit:
-                self.finish_reason = "length"
-        return self._event((token,), text)
-
-    def finish(self, reason: FinishReason) -> Event:
-        """Ends the request without another token."""
-        self.finish_reason = reason
-        return self._event((), "")
-
-    def _event(self, tokens: tuple[int, ...], text: str) -> Event:
-        if self.finish_reason is not None and not self._stops.stopped and self._decoder:
-            # The tail of an incomplete character may itself complete a stop string.
-            text += self._stops.feed(self._decoder.flush())
-            if self._stops.stopped:
-                self.finish_reason = "stop"
-            else:
-                text += self._stops.flush()
-        return Event(self.number, tokens, text, self.finish_reason)
+from kllm.engine.prefix import PrefixCache
+from kllm.engine.request import Request
+from kllm.engine.rows import PAGE, Row, Rows
 
 
 class Scheduler:
-    """First come, first served, into rows 0..n-1 of the cache."""
+    """Queues and memory.
 
-    def __init__(self, max_rows: int, prefill_tokens: int) -> None:
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+    Args:
+        rows: memory for keys and values.
+        prefix: what is known already.
+        max_running: most requests that run at once.
+        chunk: prompt tokens per step beside answers under way; twice as many when there are none.
+    """
+
+    def __init__(self, rows: Rows, prefix: PrefixCache, *, max_running: int, chunk: int) -> None:
+        self.rows, self.prefix = rows, prefix
+        self.max_running, self.chunk = max_running, chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
 
     def find(self, number: int) -> Request | None:
         """The unfinished request of that id."""
         return next((r for r in (*self.waiting, *self.running) if r.number == number), None)
 
-    def admit(self) -> list[list[Request]]:
-        """Groups of waiting requests to prefill now, each group in one padded pass.
+    # -- memory ----------------------------------------------------------------------------------------
 
-        As many of the oldest as there are free rows and `prefill_tokens` allow (always at least one), so
-        that a long queue of long prompts does not stop the answers under way for long. They stay in
-        `waiting` until `start`: a prefill that fails loses nobody.
-        """
-        chosen: list[Request] = []
-        tokens = 0
-        for request in self.waiting:
-            tokens += len(request.prompt)
-            if len(self.running) + len(chosen) == self.max_rows or (chosen and tokens > self.prefill_tokens):
-                break
-            chosen.append(request)
-        groups: list[list[Request]] = []
-        for request in sorted(chosen, key=lambda r: len(r.prompt)):
-            if groups and len(request.prompt) <= 1.25 * len(groups[-1][0].prompt) + 8:
-                groups[-1].append(request)
-            else:
-                groups.append([request])
-        return groups
+    def _allocate(self, tokens: int) -> Row | None:
+        row, short = self.rows.allocate(tokens, self.prefix.nbytes)
+        while row is None and short:
+            self.prefix.evict(short)
+            row, short = self.rows.allocate(tokens, self.prefix.nbytes)
+        return row
 
-    def start(self, group: list[Request]) -> None:
-        """Moves prefilled requests from the queue to the next rows, in the group's order."""
-        for request in group:
+    def _grow(self, request: Request, tokens: int) -> bool:
+        """Makes `request`'s row hold `tokens`; False if there is no memory."""
+        row = request.row
+        assert row is not None
+        if tokens <= row.pool.capacity:
+            return True
+        larger = self._allocate(tokens)
+        if larger is None:
+            return False
+        self.rows.copy(row, larger)
+        self.rows.free(row)
+        request.row = larger
+        return True
+
+    def release(self, request: Request, *, keep: bool = True) -> None:
+        """Takes a request out of the queues and frees its row; `keep` leaves what it computed for others."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
             self.waiting.remove(request)
+        row, request.row = request.row, None
+        if row is None:
+            return
+        if keep:
+            self.remember(request, row, request.tokens[: request.computed])
+        self.rows.free(row)
+        request.computed = 0
+
+    def remember(self, request: Request, row: Row, ids: list[int]) -> None:
+        """Puts `ids`, which `row` holds, into the prefix cache as far as memory allows."""
+        room = self.rows.budget - self.rows.held_bytes - self.prefix.nbytes
+        wanted = (len(ids) + PAGE) * self.rows.token_bytes
+        if self.prefix.enabled and room < wanted:
+            self.prefix.evict(wanted - room)
+            room = self.rows.budget - self.rows.held_bytes - self.prefix.nbytes
+        self.prefix.store(request.params.salt, ids, row, max(room, 0))
+
+    def _preempt(self, request: Request) -> None:
+        self.release(request, keep=False)
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    # -- one step --------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Gives rows to the oldest waiting requests, as far as rows and memory go."""
+        while self.waiting and len(self.running) < self.max_running:
+            request = self.waiting[0]
+            salt, ids = request.params.salt, request.tokens
+            # the last token must be computed for its logits; prompt log-probabilities need all of them
+            limit = len(ids) - 1 if request.params.prompt_logprobs is None else 0
+            known, pages = self.prefix.match(salt, ids, limit)
+            if self._comes_soon(request, known, limit):
+                return
+            row = self._allocate(len(ids) + 1 if len(ids) < self.rows.max_length else len(ids))
+            if row is None:
+                return
+            self.prefix.load(row, known, pages)
+            self.rows.lengths[row] = known
+            request.row, request.computed = row, known
+            if not request.drawn:
+                request.cached = known
+                self.prefix_queries += len(ids)
+                self.prefix_hits += known
+            self.waiting.popleft()
             self.running.append(request)
 
-    def remove(self, request: Request) -> tuple[int, int] | None:
-        """Takes a request out; (source, target) if the last row must move into the freed one."""
-        if request not in self.running:
-            self.waiting.remove(request)
-            return None
-        row = self.running.index(request)
-        last = self.running.pop()
-        if last is request:
-            return None
-        self.running[row] = last
-        return len(self.running), row
+    def _comes_soon(self, request: Request, known: int, limit: int) -> bool:
+        """Whether a running prefill is computing more of this prompt than is known: worth waiting for."""
+        if not self.prefix.enabled:
+            return False
+        upto = min(known - known % PAGE + PAGE, limit)
+        return upto > known and any(
+            other.pending > 1
+            and not other.drawn
+            and other.params.salt == request.params.salt
+            and len(other.tokens) > upto
+            and other.tokens[:upto] == request.tokens[:upto]
+            for other in self.running
+        )
+
+    def plan(self, extra: dict[Request, int]) -> list[tuple[Request, int]]:
+        """Requests of this step and how many tokens of each are computed.
+
+        Args:
+            extra: proposed tokens beyond the next one that some requests would like to try.
+
+        Returns:
+            (request, count): count 1 + extra for answers under way, a chunk for prompts.
+        """
+        chosen: list[tuple[Request, int]] = []
+        for request in self._by_age():
+            if request.row is None or request.pending != 1:
+                continue  # preempted by an older one, or a prompt
+            more = extra.get(request, 0)
+            if more and self._grow(request, len(request.tokens) + more):
+                chosen.append((request, 1 + more))
+            elif self._secure(request, len(request.tokens)):
+                chosen.append((request, 1))
+        return chosen + self._chunks(self.chunk if chosen else 2 * self.chunk)
+
+    def _by_age(self) -> Iterator[Request]:
+        yield from sorted(self.running, key=lambda r: r.number)
+
+    def _secure(self, request: Request, tokens: int) -> bool:
+        """Memory for `tokens` tokens of `request`, taken from younger requests if need be."""
+        while not self._grow(request, tokens):
+            youngest = max(self.running, key=lambda r: r.number)
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _chunks(self, budget: int) -> list[tuple[Request, int]]:
+        prompts = [r for r in self._by_age() if r.pending > 1]
+        chosen = []
+        for i, request in enumerate(prompts):
+            behind = sum(r.pending for r in prompts[i + 1 :])
+            # at least half of what is left, and all of it when nobody behind needs it
+            count = min(request.pending, max(budget - behind, budget // 2, 1)) if budget > 0 else 0
+            if count:
+                chosen.append((request, count))
+                budget -= count
+        return chosen

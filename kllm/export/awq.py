@@ -265,7 +265,7 @@ class _Calibration:
 
     def _attend(self, attn: Attention, x: Tensor) -> Tensor:
         layout = PackedLayout(torch.tensor([0, len(x)]), x.device)
-        return attn(x, self.cos[: len(x)], self.sin[: len(x)], layout, None)
+        return attn(x, self.cos[: len(x)], self.sin[: len(x)], layout)
 
     def _stats(self, rows: list[Tensor]) -> _Stats:
         return _Stats(rows, sum(len(x) for x in rows), self.group)

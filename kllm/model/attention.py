@@ -145,16 +145,3 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     return out.flatten(1)  # type: ignore[union-attr]
-
-
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of S new tokens over S_total cached ones.
-
-    Shapes: q [B, heads, S, D]; k, v [B, kv_heads, S_total, D]; mask bool [B, 1, S, S_total] (True =
-    may look) or None for plain causal with no earlier tokens -> [B, S, heads * D].
-    """
-    causal = mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2).flatten(2)

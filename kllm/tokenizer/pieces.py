@@ -113,12 +113,19 @@ class StreamDecoder:
         skip_special_tokens: whether control tokens are left out of the text.
         prompt: ids that came before; their text is not repeated, but a space at the start of what
             follows is then kept.
+        shown: control tokens whose text stays in all the same.
     """
 
     def __init__(
-        self, pieces: Pieces, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+        self,
+        pieces: Pieces,
+        *,
+        skip_special_tokens: bool = True,
+        prompt: Sequence[int] = (),
+        shown: Sequence[int] = (),
     ) -> None:
         self._pieces = pieces.visible if skip_special_tokens else pieces.all
+        self._shown = {i: pieces.all[i] for i in shown if 0 <= i < len(pieces.all)}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = pieces.drops_first_space
         for index in prompt[-16:]:
@@ -127,6 +134,7 @@ class StreamDecoder:
     def put(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly empty."""
         piece = self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
+        piece = self._shown.get(token_id, piece)
         if self._at_start and piece:
             self._at_start = False
             piece = piece.removeprefix(b" ")

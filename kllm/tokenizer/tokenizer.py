@@ -208,12 +208,17 @@ class Tokenizer:
         return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def stream_decoder(
-        self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+        self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = (), shown: Sequence[int] = ()
     ) -> StreamDecoder:
         """A decoder for tokens that come one by one; see `StreamDecoder`."""
         if self._pieces.concatenate:
-            return StreamDecoder(self._pieces, skip_special_tokens=skip_special_tokens, prompt=prompt)
-        return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens), prompt=prompt)
+            return StreamDecoder(
+                self._pieces, skip_special_tokens=skip_special_tokens, prompt=prompt, shown=shown
+            )
+        hidden = set(self.special_tokens.values()) - set(shown) if skip_special_tokens else set()
+        return WindowDecoder(
+            lambda ids: self.decode([i for i in ids if i not in hidden], False), prompt=prompt
+        )
 
     def token_bytes(self) -> np.ndarray:
         """How many bytes of text each token stands for: int32 [vocab_size], 0 for special and unused ids."""

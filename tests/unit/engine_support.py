@@ -33,9 +33,16 @@ class ByteTokenizer:
     """Token i is byte i; 256 ends the text."""
 
     stop_token_ids = (EOS,)
+    special_tokens = {"<end>": EOS}
 
-    def stream_decoder(self) -> ByteDecoder:
-        return ByteDecoder()
+    def bytes_of(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def stream_decoder(self, prompt=(), shown=()) -> ByteDecoder:
+        decoder = ByteDecoder()
+        for token in prompt:
+            decoder.put(token)
+        return decoder
 
 
 class ByteDecoder:
@@ -49,24 +56,25 @@ class ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class Scripted(torch.nn.Module):
-    """A model that always says `text`, whatever it is asked, then ends; the engine's work without weights."""
+class Scripted:
+    """A prepared model that always says `text`, whatever it is asked, then ends: the engine without weights."""
 
-    def __init__(self, text: bytes) -> None:
-        super().__init__()
-        self.shape = SHAPE
+    shape = SHAPE
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, text: bytes, prompt_length: int = 3) -> None:
         self.script = [*text, EOS]
-        self.head_weight = torch.zeros(1)
-        self.prompt_length = 3
+        self.prompt_length = prompt_length
 
     def ensure_context(self, length: int) -> None:
         pass
 
-    def forward(self, tokens, positions, cache):
+    def __call__(self, tokens, positions, cache):
         for layer in range(self.shape.num_hidden_layers):
-            kv = torch.zeros(tokens.shape[0], 2, tokens.shape[1], 8)
-            cache.update(layer, kv, kv)
-        return positions[..., None].float()
+            kv = torch.zeros(len(tokens), 2, 8)
+            cache.attend(layer, torch.zeros(len(tokens), 4, 8), kv, kv)
+        return positions[:, None].float()
 
     def logits(self, hidden):
         said = (hidden[..., 0].long() - self.prompt_length + 1).clamp(0, len(self.script) - 1)

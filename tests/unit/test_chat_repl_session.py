@@ -25,7 +25,7 @@ def loaded(model_dir):
 
 
 def session_of(loaded, *, context=None, sampling=GREEDY, system=None):
-    engine = Engine(loaded.engine.model, loaded.tokenizer, max_batch=1, max_context=context)
+    engine = Engine(loaded.engine.prepared, loaded.tokenizer, max_batch=1, max_context=context)
     return Session(engine, loaded.tokenizer, system=system, sampling=sampling)
 
 

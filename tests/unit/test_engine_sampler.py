@@ -6,16 +6,28 @@ import numpy as np
 import pytest
 import torch
 
+from kllm.engine.adjust import adjust, logprobs_of
 from kllm.engine.params import SamplingParams
+from kllm.engine.request import Request
 from kllm.engine.sampler import RowSettings, sample, uniforms
 from kllm.errors import KllmError, UserError
 
 CPU = torch.device("cpu")
 
 
-def draw(logits, params, noise, seen=None):
+def draw(logits, params, noise):
     settings = RowSettings.build(params, CPU, logits.shape[1])
-    return sample(logits, settings, np.asarray(noise, dtype=np.float32), seen).tolist()
+    return sample(logits, settings, np.asarray(noise, dtype=np.float32)).tolist()
+
+
+def adjusted(logits, *rows):
+    """`rows`: (params, prompt, answer) of one request each."""
+    requests = []
+    for params, prompt, answer in rows:
+        request = Request(len(requests), prompt, params, None, 99, logits.shape[1])
+        request.accept(answer, [])
+        requests.append(request)
+    return adjust(logits, requests)
 
 
 def kept_by_reference(logits, p):
@@ -78,12 +90,12 @@ def test_mixed_rows_each_follow_their_own_parameters():
         SamplingParams(temperature=1.0, top_p=0.3, min_p=0.2, repetition_penalty=1.3),
         SamplingParams(temperature=0, repetition_penalty=2.0),
     ]
-    seen = torch.zeros(2, 500, dtype=torch.bool)
-    seen[:, :250] = True
     noise = [0.1, 0.9, 0.5, 0.99, 0.3, 0.7]
-    together = draw(logits, rows, noise, seen)
+    before = list(range(250))
+    full = adjusted(logits, *((p, before, [1]) for p in rows))
+    together = draw(full, rows, noise)
     alone = [
-        draw(logits[i : i + 1], [p], noise[i : i + 1], seen[:1] if p.repetition_penalty != 1 else None)[0]
+        draw(adjusted(logits[i : i + 1], (p, before, [1])), [p], noise[i : i + 1])[0]
         for i, p in enumerate(rows)
     ]
     assert together == alone
@@ -91,12 +103,34 @@ def test_mixed_rows_each_follow_their_own_parameters():
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
+    params = SamplingParams(repetition_penalty=2.0)
     logits = torch.tensor([[4.0, 3.0, -1.0, -1.5]])
-    greedy = SamplingParams(temperature=0, repetition_penalty=2.0)
-    seen = torch.tensor([[True, False, False, False]])
-    assert draw(logits, [greedy], [0.0], seen) == [1]
-    seen = torch.tensor([[True, True, True, False]])
-    assert draw(torch.tensor([[-4.0, -3.0, -1.0, -1.5]]), [greedy], [0.0], seen) == [3]
+    assert adjusted(logits, (params, [0], [2])).tolist() == [[2.0, 3.0, -2.0, -1.5]]
+    assert logits.tolist() == [[4.0, 3.0, -1.0, -1.5]], "the model's own logits stay for log-probabilities"
+
+
+def test_presence_and_frequency_penalties_count_the_answer_only():
+    logits = torch.zeros(2, 4)
+    both = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    out = adjusted(logits, (both, [3, 3], [0, 0, 1]), (SamplingParams(), [0], [0]))
+    assert out.tolist() == [[-1.0, -0.75, 0.0, 0.0], [0.0] * 4]
+
+
+def test_bias_and_the_tokens_that_end_before_min_tokens():
+    logits = torch.zeros(1, 5)
+    params = SamplingParams(logit_bias=((2, 7.5), (4, -100.0)), min_tokens=2, stop_token_ids=(1,))
+    assert adjusted(logits, (params, [0], [0])).tolist() == [[0.0, -np.inf, 7.5, 0.0, -100.0]]
+    assert adjusted(logits, (params, [0], [0, 0])).tolist() == [[0.0, 0.0, 7.5, 0.0, -100.0]]
+
+
+def test_log_probabilities_are_those_of_a_plain_softmax():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    reference = logits.double().softmax(-1).log()
+    rows = logprobs_of(logits, [4, int(logits[1].argmax()), 0], [2, 1, 0])
+    for i, row in enumerate(rows):
+        assert row.logprob == pytest.approx(float(reference[i, row.token_id]), abs=1e-6)
+    assert [t for t, _ in rows[0].top] == logits[0].topk(2).indices.tolist() and rows[2].top == ()
+    assert rows[1].top[0] == (rows[1].token_id, rows[1].logprob), "bit for bit: lm_eval compares them"
 
 
 def test_uniforms_are_uniform_independent_and_fixed_for_ever():

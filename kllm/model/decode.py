@@ -1,0 +1,299 @@
+"""The model laid out for generation: the arithmetic of `Transformer`, in far fewer and faster steps.
+
+`prepare` copies the weights of a Transformer into fused matrices (q, k, v in one, gate and up in one), each
+behind the kernel that is fastest on this machine (`decode_probe`), in the model's own numbers or in 8 or 4
+bits. The forward is flat: N tokens of any number of sequences, side by side; the cache knows which belong
+together.
+
+Rotary embedding in float32 turns pairs by one complex product: the rows of q and k are stored so that a pair
+lies side by side. Keys in the cache are therefore in another order than `Transformer`'s; no dot product
+notices.
+
+A per-row low-rank term (LoRA beside a shared base) belongs into `decode_layers.Projection`, nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kllm.errors import UserError
+from kllm.model.decode_layers import GatedMLP, Norm, PreparedBlock, Projection, Rotation, StepCache
+from kllm.model.decode_moe import GroupedExperts, LoopExperts, PreparedMoE, Router
+from kllm.model.decode_probe import Choice, choose
+from kllm.model.kernels import Make, Plain, candidates
+from kllm.model.moe import MoE
+from kllm.model.rope import rope_table
+from kllm.model.transformer import MLP, Attention, Block, RMSNorm, Transformer
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTS = ("auto", *FLOATS, "int8", "int4")
+
+
+class KVFormat(Protocol):
+    """How a cache stores keys and values [N, kv_heads, D]."""
+
+    def encode(self, t: Tensor) -> tuple[Tensor, ...]: ...
+
+    def decode(self, stored: tuple[Tensor, ...]) -> Tensor: ...
+
+
+class Prepared(nn.Module):
+    """A Transformer's weights, ready to generate with; make it with `prepare`.
+
+    Its tensors are not parameters: it cannot be trained, moved or saved, only refreshed (`reload`). Matrices
+    that need no other layout are shared with the model, so after a change of weights call `reload`.
+
+    Attributes:
+        shape, device: the model's.
+        dtype: of activations, keys and values.
+        weights: "fp32", "bf16", "fp16", "int8" or "int4".
+    """
+
+    def __init__(self, model: Transformer, weights: str, own: bool, kernel: str | None) -> None:
+        super().__init__()
+        self.shape, self.device = model.shape, model.head_weight.device
+        native = model.head_weight.dtype
+        if weights == "auto":
+            self.dtype = native
+            self.weights = next((n for n, d in FLOATS.items() if d == native), str(native).split(".")[-1])
+        else:
+            self.weights = weights
+            # fast low-bit kernels take float32 on a CPU and 16 bits on a GPU
+            low = torch.float32 if self.device.type == "cpu" else native
+            self.dtype = FLOATS.get(weights, low)
+        self.pairs = self.dtype == torch.float32
+        options = candidates(self.weights, self.dtype)
+        self._fallback: Make = Plain if self.weights not in ("int8", "int4") else list(options.values())[-1]
+        with torch.no_grad():
+            self._choice: Choice = choose(options, _matrices(model), self.dtype, kernel)
+            self._rope = torch.empty(0)
+            self._blocks: list[PreparedBlock] = []
+            self.ensure_context(min(model.shape.max_position_embeddings, 4096))
+            self._fill(model, own)
+
+    def kernel_line(self) -> str:
+        """What multiplies, and what it was measured at beside the plain product."""
+        return self._choice.line(self.weights)
+
+    def ensure_context(self, length: int) -> None:
+        """Makes room for positions below `length` (the table grows by doubling)."""
+        have = self._rope.shape[0 if self.pairs else 1] if self._rope.numel() else 0
+        if length <= have:
+            return
+        s = self.shape
+        room = min(max(s.max_position_embeddings, length), max(length, 2 * have))
+        cos, sin = rope_table(s.head_dim, s.rope_theta, s.rope_scaling, room)
+        table = torch.complex(cos, sin) if self.pairs else torch.stack((cos, sin)).to(self.dtype)
+        self._rope = table.to(self.device)
+
+    def reload(self, model: Transformer, own: bool = False) -> None:
+        """Takes over the weights of `model` (same shape, device and dtype as the first), layer by layer.
+
+        Args:
+            own: empties the model's matrices on the way, as in `prepare`.
+        """
+        if model.shape != self.shape:
+            raise ValueError("reload needs a model of the same shape")
+        with torch.no_grad():
+            self._fill(model, own)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, positions: Tensor, cache: StepCache) -> Tensor:
+        """Hidden states after the final norm, [N, H].
+
+        Args:
+            tokens: int64 [N], all tokens of this step, sequences one after another.
+            positions: int64 [N], below the table length (`ensure_context`).
+            cache: knows which tokens belong together; `attend` is called once per layer.
+        """
+        x = self._embed.index_select(0, tokens).to(self.dtype)
+        rotation = Rotation(self._rope, positions, self.pairs)
+        for block in self._blocks:
+            x = block(x, rotation, cache)
+        return self._norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [M, V] for hidden states [M, H]; for the positions that need them."""
+        return self._head(hidden).float()
+
+    # -- layout --------------------------------------------------------------------------------------
+
+    def _fill(self, model: Transformer, own: bool) -> None:
+        self._norm = self._norm_of(model.model.norm)
+        self._embed = model.model.embed_tokens.weight.detach()  # for look-up: always as loaded
+        for i, block in enumerate(model.model.layers):
+            assert isinstance(block, Block)
+            self._blocks[i : i + 1] = [self._block(block, own)]
+        tied = self.shape.tie_word_embeddings
+        self._head = self._projection([model.head_weight], None, own and not tied)
+
+    def _block(self, block: Block, own: bool) -> PreparedBlock:
+        s, attention = self.shape, block.self_attn
+        return PreparedBlock(
+            attention.layer,
+            (s.num_attention_heads, s.num_key_value_heads, s.head_dim),
+            (
+                self._norm_of(block.input_layernorm),
+                self._qkv(attention, own),
+                self._qk_norm(attention),
+                self._projection([attention.o_proj.weight], None, own),
+                self._norm_of(block.post_attention_layernorm),
+                self._moe(block.mlp, own) if isinstance(block.mlp, MoE) else self._mlp(block.mlp, own),
+            ),
+            attention.rope,
+        )
+
+    def _norm_of(self, norm: RMSNorm) -> Norm:
+        return Norm(norm.weight.detach(), norm.eps, self.dtype)
+
+    def _order(self) -> Tensor:
+        """Where each of a head's D numbers is taken from: pairs (i, i + D/2) side by side, or as they are."""
+        D = self.shape.head_dim
+        index = torch.arange(D, device=self.device)
+        return index.view(2, D // 2).t().flatten() if self.pairs else index
+
+    def _qkv(self, attention: Attention, own: bool) -> Projection:
+        s, order = self.shape, self._order()
+        turned = s.num_attention_heads + s.num_key_value_heads
+        rows = torch.arange(s.q_size + 2 * s.kv_size, device=self.device).view(-1, s.head_dim)
+        rows = torch.cat((rows[:turned, order], rows[turned:])).flatten()
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        bias = torch.cat([p.bias.detach() for p in parts])[rows] if s.attention_bias else None
+        return self._projection([p.weight for p in parts], bias, own, rows)
+
+    def _qk_norm(self, attention: Attention) -> Norm | None:
+        if attention.q_norm is None or attention.k_norm is None:
+            return None
+        s, order = self.shape, self._order()
+        q, k = (n.weight.detach()[order] for n in (attention.q_norm, attention.k_norm))
+        weight = torch.cat((q.expand(s.num_attention_heads, -1), k.expand(s.num_key_value_heads, -1)))
+        return Norm(weight, attention.q_norm.eps, self.dtype)
+
+    def _mlp(self, mlp: nn.Module, own: bool) -> GatedMLP:
+        assert isinstance(mlp, MLP)
+        return GatedMLP(
+            self._projection([mlp.gate_proj.weight, mlp.up_proj.weight], None, own),
+            self._projection([mlp.down_proj.weight], None, own),
+        )
+
+    def _moe(self, moe: MoE, own: bool) -> PreparedMoE:
+        shared = None if moe.shared_expert is None else self._mlp(moe.shared_expert, own)
+        gate = (
+            None if moe.shared_expert_gate is None else moe.shared_expert_gate.weight.detach().to(self.dtype)
+        )
+        router = Router(moe.gate.weight.detach().to(self.dtype), self.shape)
+        experts = moe.experts
+        if self.device.type != "cpu" and self.weights not in ("int8", "int4"):
+            return PreparedMoE(router, GroupedExperts(experts, self.dtype), shared, gate)
+        feeds: list[Callable[[Tensor], Tensor]] = [
+            GatedMLP(self._projection([g, u], None, False), self._projection([d], None, False))
+            for g, u, d in zip(experts.gate_proj, experts.up_proj, experts.down_proj, strict=True)
+        ]
+        if own:
+            _empty((experts.gate_proj, experts.up_proj, experts.down_proj))
+        return PreparedMoE(router, LoopExperts(feeds), shared, gate)
+
+    def _projection(
+        self, weights: list[Tensor], bias: Tensor | None, own: bool, rows: Tensor | None = None
+    ) -> Projection:
+        """The matrices one under another (their rows in the order `rows`) behind the chosen kernel."""
+        weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        weight = (weight if rows is None else weight[rows]).to(self.dtype)
+        bias = None if bias is None else bias.to(self.dtype)
+        if own:
+            _empty(weights)
+        try:
+            return Projection(self._choice.make(weight, bias))
+        except (RuntimeError, NotImplementedError):  # a size that this kernel does not take
+            return Projection(self._fallback(weight, bias))
+
+
+def _empty(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.new_empty(0)
+
+
+def _matrices(model: Transformer) -> list[Tensor]:
+    """The matrices that make up most of a step, in the order in which it reads them."""
+    found: list[Tensor] = []
+    for block in model.model.layers:
+        feed = block.mlp
+        if isinstance(feed, MoE):
+            found += [e.detach() for e in (*feed.experts.gate_proj, *feed.experts.up_proj)]
+        else:
+            found += [p.weight.detach() for p in (feed.gate_proj, feed.up_proj, feed.down_proj)]
+    return found
+
+
+def prepare(
+    model: Transformer, *, weights: str = "auto", own: bool = False, kernel: str | None = None
+) -> Prepared:
+    """Lays a model out for generation.
+
+    Args:
+        model: on its final device; eval mode and dropout do not matter, there is none.
+        weights: "auto" keeps the model's numbers; "fp32", "bf16", "fp16" convert them; "int8" (one scale per
+            row of a matrix, activations rounded per token) and "int4" (groups of 32) round the matrices. The
+            embedding and the router are never rounded; a tied head is.
+        own: the model will not be used again: its matrices are emptied as they are converted, so that the
+            peak is one model and one layer.
+        kernel: pins a kernel by name (`kernels.candidates`) instead of racing them.
+
+    Raises:
+        UserError: unknown `weights`.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(
+            f"{weights!r} is not a weight format", where="weights", hint=f"one of {', '.join(WEIGHTS)}"
+        )
+    return Prepared(model, weights, own, kernel)
+
+
+class ScratchCache:
+    """Attention of exactly one sequence over itself, nothing stored: for embeddings and perplexity.
+
+    Args:
+        fmt: what a cache would do to keys and values: they are encoded and decoded once.
+    """
+
+    def __init__(self, fmt: KVFormat | None = None) -> None:
+        self.fmt = fmt
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, heads, D], k and v [T, kv_heads, D], one causal sequence from its start -> [T, heads * D]."""
+        if self.fmt is not None:
+            k, v = (self.fmt.decode(self.fmt.encode(t)) for t in (k, v))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1).flatten(1)
+
+
+@torch.inference_mode()
+def perplexity_cost(
+    prepared: Prepared, reference: Transformer, ids: Tensor, fmt: KVFormat | None = None
+) -> tuple[float, float]:
+    """What preparing cost in quality: perplexity of `reference` and of `prepared` on one text, ids int64 [T].
+
+    Logits are made 512 positions at a time.
+    """
+    ids = ids.to(prepared.device)
+    positions = torch.arange(len(ids), device=ids.device)
+    for model in (prepared, reference):
+        model.ensure_context(len(ids))
+    ours = prepared(ids, positions, ScratchCache(fmt))
+    theirs = reference(ids, positions)
+    return _perplexity(reference.logits, theirs, ids), _perplexity(prepared.logits, ours, ids)
+
+
+def _perplexity(logits: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> float:
+    loss = sum(
+        F.cross_entropy(logits(h), target, reduction="sum").double()
+        for h, target in zip(hidden[:-1].split(512), ids[1:].split(512), strict=True)
+    )
+    return float(torch.as_tensor(loss / (len(ids) - 1)).exp())

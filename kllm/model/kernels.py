@@ -1,0 +1,251 @@
+"""Ways to multiply few rows by one matrix, and the probe that picks the fastest on this machine.
+
+Generation multiplies 1 to some tens of rows by every matrix of the model. Which of torch's kernels does
+that fastest depends on the processor far more than on the model (a factor of 10 between the extremes,
+in either direction), so nothing is decided here by name of device: every candidate is built from a few of
+the model's own matrices and timed. Candidates that a build or device lacks raise, and are left out.
+
+A kernel is made from a weight [N, K] and perhaps a bias [N]; calling it maps x [M, K] to [M, N] of x's dtype.
+Each row of the result depends on that row of x alone: what a request gets never depends on its neighbours
+(beyond float rounding: the order of a sum may change with M).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kllm.model.quantize import Int8Rows, int4_groups, int8_rows
+
+
+class Kernel(Protocol):
+    """x [M, K] -> [M, N]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+Make = Callable[[Tensor, "Tensor | None"], Kernel]
+"""(weight [N, K], bias [N] or None) -> kernel; raises where the machine cannot."""
+
+
+# -- the model's own numbers -------------------------------------------------------------------------
+
+
+class Plain:
+    """`F.linear` on the matrix as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight.contiguous(), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Transposed:
+    """x @ W with W stored [K, N]: MKL reads such a matrix about twice as fast for one row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight.t().contiguous(), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+class Packed:
+    """oneDNN with the matrix reordered once: the fastest float kernel for 4 rows and more on most CPUs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.device.type != "cpu":
+            raise RuntimeError("oneDNN's packed weights are for CPUs")
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class PackedByFour(Packed):
+    """`Packed`, but never fewer than 4 rows: oneDNN's kernel for one row can be slower than the one for four."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if 0 < rows < 4:
+            return super().__call__(torch.cat((x, x[-1:].expand(4 - rows, -1))))[:rows]
+        return super().__call__(x)
+
+
+class TransposedAndPacked:
+    """`Transposed` for one row and `Packed` for more: both at their best for twice the memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.one, self.many = Transposed(weight, bias), Packed(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.one(x) if x.shape[0] == 1 else self.many(x)
+
+
+class Widened:
+    """16-bit weights kept as float32, for CPUs that compute 16-bit products in software."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.inner = Transposed(weight.float(), None if bias is None else bias.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x.float()).to(x.dtype)
+
+
+# -- 8 and 4 bits ------------------------------------------------------------------------------------
+
+
+class RowInt8:
+    """fbgemm's 8-bit product with one activation scale per row.
+
+    fbgemm's own dynamic kernel takes one scale for all rows, so that an answer would change with its
+    neighbours. Here every row is divided by its largest magnitude, so that the fixed scale 1/127 fits all
+    of them, and multiplied back afterwards. The sums are exact integers: a row's bits are the same alone
+    and among others.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.packed = _fbgemm_pack(int8_rows(weight, levels=_weight_levels()))
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(dim=1, keepdim=True).clamp_min_(1e-12)
+        y = _fbgemm(x / scale, self.packed).mul_(scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class RowInt8FromInt4(RowInt8):
+    """4-bit weights carried by the 8-bit kernel: their accuracy and RowInt8's speed and memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(int4_groups(weight).dequantize(), bias)
+
+
+class Int8Weights:
+    """8-bit weights turned into x's dtype at every call: right everywhere, fast nowhere."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.q, self.scale = int8_rows(weight)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Int4Weights:
+    """4-bit weights, two in a byte, unpacked at every call: right everywhere, fast nowhere."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        quantized = int4_groups(weight)
+        self.inputs, self.bias = weight.shape[1], bias
+        self.group, self.scale, self.low = quantized.group, quantized.scale, quantized.low
+        q = F.pad(quantized.q, (0, -weight.shape[1] % quantized.group))
+        self.q = q[:, ::2] | q[:, 1::2] << 4
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q = torch.stack((self.q & 15, self.q >> 4), dim=-1).view(len(self.q), -1, self.group)
+        weight = torch.addcmul(self.low[..., None], q.to(self.low.dtype), self.scale[..., None])
+        y = F.linear(x, weight.flatten(1)[:, : self.inputs].to(x.dtype))
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class AtenInt8:
+    """aten's weight-only 8-bit product in bfloat16 (CUDA; vectorised on some CPUs)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.q, scale = int8_rows(weight)
+        self.scale, self.bias = scale.bfloat16(), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten._weight_int8pack_mm(x.bfloat16().contiguous(), self.q, self.scale).to(x.dtype)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class AtenInt4:
+    """aten's weight-only 4-bit product in bfloat16 (tensor cores on CUDA, AVX512 on CPUs)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.shape[1] % 64 or weight.shape[0] % 64:
+            raise RuntimeError("the packed layout needs multiples of 64")
+        quantized = int4_groups(weight)
+        # the kernel computes (q - 8) * scale + zero
+        zero = quantized.low + 8 * quantized.scale
+        pairs = torch.stack((quantized.scale.t(), zero.t()), dim=-1)
+        self.scale_and_zero = pairs.bfloat16().contiguous()
+        self.group, self.bias = quantized.group, bias
+        if weight.device.type == "cpu":
+            self.q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized.q.int(), 1)
+            self.mm = torch.ops.aten._weight_int4pack_mm_for_cpu
+        else:
+            q = quantized.q[:, ::2] << 4 | quantized.q[:, 1::2]
+            self.q = torch.ops.aten._convert_weight_to_int4pack(q.contiguous(), 8)
+            self.mm = torch.ops.aten._weight_int4pack_mm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.mm(x.bfloat16().contiguous(), self.q, self.group, self.scale_and_zero).to(x.dtype)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def _fbgemm(x: Tensor, packed: object) -> Tensor:
+    """x [M, K] within [-1, 1], rounded to 127ths -> float32 [M, N]."""
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, 128, packed)
+
+
+def _fbgemm_pack(rows: Int8Rows) -> object:
+    with warnings.catch_warnings():
+        # torch announces another home for quantised tensors; fbgemm's packed weight is still made from one
+        warnings.simplefilter("ignore", UserWarning)
+        zeros = torch.zeros(len(rows.scale), dtype=torch.int64)
+        tensor = torch._make_per_channel_quantized_tensor(rows.q, rows.scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+@functools.cache
+def _weight_levels() -> int:
+    """How far 8-bit weights may reach before fbgemm overflows: 127 with VNNI, else 63.
+
+    Without VNNI two products of an unsigned and a signed byte are added in 16 bits, which saturates
+    (vpmaddubsw): 2 * 255 * 127 does not fit, 2 * 255 * 63 does. Weights give up the bit, not activations:
+    their range is even, that of activations has outliers. Found by trying the worst case.
+    """
+    ones = torch.ones(32, 64)
+    packed = _fbgemm_pack(Int8Rows(torch.full((32, 64), 127, dtype=torch.int8), torch.ones(32)))
+    exact = torch.allclose(_fbgemm(ones, packed), ones.sum(dim=1)[0] * 127 * torch.ones(32, 32), rtol=1e-5)
+    return 127 if exact else 63
+
+
+FLOAT: dict[str, Make] = {
+    "plain": Plain,
+    "transposed": Transposed,
+    "oneDNN packed": Packed,
+    "oneDNN packed by 4 rows": PackedByFour,
+    "transposed + oneDNN packed": TransposedAndPacked,
+}
+HALF: dict[str, Make] = {**FLOAT, "widened to fp32": Widened}
+INT8: dict[str, Make] = {
+    "fbgemm row-wise": RowInt8,
+    "aten weight-only": AtenInt8,
+    "dequantised at every call": Int8Weights,
+}
+INT4: dict[str, Make] = {
+    "fbgemm row-wise, 4-bit values": RowInt8FromInt4,
+    "aten weight-only": AtenInt4,
+    "dequantised at every call": Int4Weights,
+}
+
+
+def candidates(weights: str, dtype: torch.dtype) -> dict[str, Make]:
+    """Kernels for `weights` ("int8", "int4", else float) with activations of `dtype`, the default first."""
+    if weights == "int8":
+        return INT8
+    if weights == "int4":
+        return INT4
+    return FLOAT if dtype == torch.float32 else HALF
