@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API over the engine. `app.create_app` assembles it, `main.serve` runs it."""
