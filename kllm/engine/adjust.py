@@ -64,7 +64,8 @@ def _repetition(logits: Tensor, requests: Sequence[Request]) -> None:
     if not rows:
         return
     seen = torch.stack(tensors).to(logits.device)
-    penalty = torch.tensor([[requests[i].params.repetition_penalty] for i in rows], device=logits.device)
+    wanted = [[min(max(requests[i].params.repetition_penalty, 1e-6), 1e6)] for i in rows]
+    penalty = torch.tensor(wanted, device=logits.device)
     index = torch.tensor(rows, device=logits.device)
     chosen = logits[index]
     scaled = torch.where(chosen < 0, chosen * penalty, chosen / penalty)

@@ -21,7 +21,7 @@ from kllm.engine.request import Request
 from kllm.engine.rows import PAGE, Rows
 from kllm.engine.scheduler import Scheduler
 from kllm.engine.stepper import Stepper
-from kllm.errors import UserError
+from kllm.errors import KllmError, UserError
 from kllm.model.decode import Prepared, ScratchCache, prepare
 from kllm.model.presets import count_parameters
 from kllm.model.transformer import Transformer
@@ -279,6 +279,7 @@ class Engine:
 
         Raises:
             UserError: as `submit`, before anything is generated.
+            KllmError: a request failed (damaged weights).
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
@@ -302,6 +303,7 @@ class Engine:
 
         Raises:
             UserError: as `submit`, at once.
+            KllmError: it failed (damaged weights).
         """
         number = self.submit(prompt_ids, params)
 
@@ -320,6 +322,8 @@ class Engine:
         while pending:
             while box:
                 event = box.pop(0)
+                if event.finish_reason == "error":
+                    raise KllmError(event.message)
                 if event.finish_reason is not None:
                     pending.discard(event.request_id)
                 yield event

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kllm.engine.params import SamplingParams
-from kllm.errors import KllmError
 
 _HEAD = 64  # values looked at before sorting all: mostly holds the nucleus of a trained model's row
 _MASK = 2**64 - 1
@@ -78,20 +77,22 @@ class RowSettings:
 
 
 def sample(logits: Tensor, settings: RowSettings, noise: np.ndarray) -> Tensor:
-    """Next token ids, int64 [B].
+    """Next token ids, int64 [B]; -1 for a row without a finite best logit (damaged weights).
 
     Args:
         logits: float32 [B, V], adjusted.
         settings: the parameters of the B rows.
         noise: float32 [B] from `uniforms`.
-
-    Raises:
-        KllmError: a row without a finite best logit (damaged weights).
     """
     best = logits.argmax(-1)
-    if not bool(logits.gather(1, best[:, None]).isfinite().all()):
-        hint = "its weights are damaged or its training diverged"
-        raise KllmError("the model's logits are not finite", hint=hint)
+    broken = ~logits.gather(1, best[:, None]).squeeze(1).isfinite()
+    if bool(broken.any()):
+        logits = logits.masked_fill(broken[:, None], 0.0)
+        return _sample(logits, settings, noise, best).masked_fill_(broken, -1)
+    return _sample(logits, settings, noise, best)
+
+
+def _sample(logits: Tensor, settings: RowSettings, noise: np.ndarray, best: Tensor) -> Tensor:
     if len(settings.sampled) == 0:
         return best
     uniform = torch.from_numpy(noise).to(logits.device)

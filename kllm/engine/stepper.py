@@ -16,6 +16,8 @@ from kllm.engine.sampler import RowSettings, sample, uniforms
 from kllm.engine.scheduler import Scheduler
 from kllm.errors import KllmError
 
+_NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
+
 
 class Decoder(Protocol):
     """What a step needs of a model; `kllm.model.decode.Prepared` is one."""
@@ -169,7 +171,7 @@ class Stepper:
         if not wanted:
             return []
         counts = [requests[i].params.logprobs or 0 for i in wanted]
-        found = logprobs_of(raw[self._tensor(wanted)], [drawn[i] for i in wanted], counts)
+        found = logprobs_of(raw[self._tensor(wanted)], [max(drawn[i], 0) for i in wanted], counts)
         by_row = dict(zip(wanted, found, strict=True))
         return [by_row.get(i, TokenLogprob(token, 0.0)) for i, token in enumerate(drawn)]
 
@@ -178,9 +180,11 @@ class Stepper:
         try:
             if request.matcher is not None and request.matcher.error:
                 raise KllmError(request.matcher.error)
+            if min(tokens) < 0:
+                raise KllmError(_NOT_FINITE)
             asked = logprobs if request.params.logprobs is not None else []
             event = request.accept(tokens, asked)
-        except KllmError as e:  # a grammar that breaks late: this request only
+        except KllmError as e:  # a grammar that breaks late, no finite logit: this request only
             event = request.finish("error", e.message)
         self.generation_tokens += request.drawn - before
         # the proposed tokens that stood are in the row already; the newest one is not

@@ -125,7 +125,7 @@ class StreamDecoder:
         shown: Sequence[int] = (),
     ) -> None:
         self._pieces = pieces.visible if skip_special_tokens else pieces.all
-        self._shown = {i: pieces.all[i] for i in shown if 0 <= i < len(pieces.all)}
+        self._kept = {i: pieces.all[i] for i in shown if 0 <= i < len(pieces.all)}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = pieces.drops_first_space
         for index in prompt[-16:]:
@@ -134,7 +134,7 @@ class StreamDecoder:
     def put(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly empty."""
         piece = self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
-        piece = self._shown.get(token_id, piece)
+        piece = self._kept.get(token_id, piece)
         if self._at_start and piece:
             self._at_start = False
             piece = piece.removeprefix(b" ")

@@ -10,7 +10,7 @@ from kllm.engine.adjust import adjust, logprobs_of
 from kllm.engine.params import SamplingParams
 from kllm.engine.request import Request
 from kllm.engine.sampler import RowSettings, sample, uniforms
-from kllm.errors import KllmError, UserError
+from kllm.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -147,11 +147,18 @@ GOLDEN = [0.6524484753608704, 0.06735783815383911, 0.5105620622634888]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_logits_are_reported(value):
-    logits = torch.zeros(2, 9)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_broken_logits_are_reported_for_their_row_only(value, temperature):
+    logits = torch.zeros(3, 9)
     logits[1, 4] = value
-    with pytest.raises(KllmError, match="not finite"):
-        draw(logits, [SamplingParams(temperature=0)] * 2, [0, 0])
+    logits[0, 2] = logits[2, 3] = 50
+    assert draw(logits, [SamplingParams(temperature=temperature)] * 3, [0.5] * 3) == [2, -1, 3]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e300])
+def test_an_absurd_penalty_stays_finite(penalty):
+    logits = torch.tensor([[0.0, 4.0, -1.0]])
+    assert adjusted(logits, (SamplingParams(repetition_penalty=penalty), [0, 1, 2], [0])).isfinite().all()
 
 
 @pytest.mark.parametrize(
