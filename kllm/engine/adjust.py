@@ -24,10 +24,9 @@ _LOGITS = 2**24  # numbers of prompt logits at a time: 64 MiB
 
 def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Logits float32 [B, V] of `requests`, adjusted; the given tensor is not changed if anything is."""
-    needed = [_needs(r) for r in requests]
-    if not any(needed):
+    if not any(_needs(r) for r in requests):
         return logits
-    logits = logits.clone()
+    raw, logits = logits, logits.clone()
     _repetition(logits, requests)
     _presence_frequency(logits, requests)
     for row, request in enumerate(requests):
@@ -37,7 +36,7 @@ def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
             logits[row, torch.tensor(ids, device=logits.device)] += torch.tensor(values, device=logits.device)
         if request.drawn < params.min_tokens and request.stop_ids:
             logits[row, torch.tensor(sorted(request.stop_ids), device=logits.device)] = _FORBIDDEN
-    _grammars(logits, requests)
+    _grammars(logits, raw, requests)
     return logits
 
 
@@ -82,7 +81,7 @@ def _presence_frequency(logits: Tensor, requests: Sequence[Request]) -> None:
     logits[torch.tensor(rows, device=logits.device)] -= presence * (counts > 0) + frequency * counts
 
 
-def _grammars(logits: Tensor, requests: Sequence[Request]) -> None:
+def _grammars(logits: Tensor, raw: Tensor, requests: Sequence[Request]) -> None:
     rows = [i for i, r in enumerate(requests) if r.matcher is not None]
     if not rows:
         return
@@ -91,7 +90,10 @@ def _grammars(logits: Tensor, requests: Sequence[Request]) -> None:
     allowed = fill_masks([requests[i].matcher for i in rows], logits.shape[1])  # type: ignore[misc]
     index = torch.tensor(rows, device=logits.device)
     mask = torch.from_numpy(allowed).to(logits.device)
-    logits[index] = logits[index].masked_fill_(~mask, _FORBIDDEN)
+    chosen = logits[index].masked_fill_(~mask, _FORBIDDEN)
+    # where the grammar can only end and `min_tokens` forbids the end, the grammar wins
+    stuck = (chosen == _FORBIDDEN).all(-1, keepdim=True)
+    logits[index] = torch.where(stuck, raw[index].masked_fill(~mask, _FORBIDDEN), chosen)
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:

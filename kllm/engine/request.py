@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,9 @@ class Request:
         ends = [special[text] for text in params.stop if text in special]
         own = () if params.ignore_eos or tokenizer is None else tokenizer.stop_token_ids
         self.stop_ids = frozenset((*own, *params.stop_token_ids, *ends))
-        self._decoder = _decoder(tokenizer, params, prompt)
+        self._decoder: StreamDecoder | None = None
+        if tokenizer is not None:
+            self._decoder = answer_decoder(tokenizer, prompt, params.shown_special_ids)
         self._stops = StopMatcher(() if params.min_tokens else params.stop)
         self.seen: Tensor | None = None
         """bool [V]: tokens of prompt and answer, with a repetition penalty."""
@@ -152,10 +155,9 @@ class Request:
         )
 
 
-def _decoder(tokenizer: Tokenizer | None, params: SamplingParams, prompt: list[int]) -> StreamDecoder | None:
-    """Turns the answer's tokens into text; it goes on in the middle of a prompt that ends inside a text."""
-    if tokenizer is None:
-        return None
-    last = tokenizer.bytes_of(prompt[-1])
-    inside = prompt[-1] not in tokenizer.special_tokens.values() and bool(last) and not last[-1:].isspace()
-    return tokenizer.stream_decoder(prompt=prompt if inside else (), shown=params.shown_special_ids)
+def answer_decoder(tokenizer: Tokenizer, prompt: Sequence[int], shown: Sequence[int] = ()) -> StreamDecoder:
+    """Turns an answer's tokens into text; it goes on in the middle of a prompt that ends inside a text."""
+    last = prompt[-1] if prompt else -1
+    piece = tokenizer.bytes_of(last)
+    inside = last not in tokenizer.special_tokens.values() and bool(piece) and not piece[-1:].isspace()
+    return tokenizer.stream_decoder(prompt=prompt if inside else (), shown=shown)

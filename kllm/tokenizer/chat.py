@@ -121,7 +121,8 @@ class ChatEncoder:
         seen = json.dumps([clean, tools, kwargs], ensure_ascii=False, default=str)
         breaker, opening, closing = private_characters(seen, self.template)
         safe = [self._neutraliser.message(message, breaker) for message in clean]
-        variables = {**self._variables, **kwargs, "tools": self._neutraliser.plain(tools, breaker)}
+        given = {**kwargs, "tools": tools}  # callers' words too: no control token in them
+        variables = {**self._variables, **{k: self._neutraliser.plain(v, breaker) for k, v in given.items()}}
         if self._tagged:
             variables |= {SPAN_OPEN: opening, SPAN_CLOSE: closing}
             text = render(safe, self.template, add_generation_prompt=prompt, **variables)
