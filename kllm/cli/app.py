@@ -31,8 +31,11 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("eval", "stages:build_eval", WORK, "Measure a model."),
     ("export", "stages:build_export", WORK, "Write a model for other programs, as a stage of a run."),
     ("chat", "talk:build_chat", WORK, "Talk to a model."),
+    ("serve", "serve:build_serve", WORK, "Serve models over HTTP: OpenAI's API, and a page to chat."),
     ("convert", "convert:build_convert", WORK, "Write a model as a Hugging Face folder, changed as asked."),
     ("export-gguf", "gguf:build_export_gguf", WORK, "Write a model as GGUF, for llama.cpp and ollama."),
+    ("bench generate", "bench:build_generate", LOOK, "Speed of generation, beside other programs."),
+    ("bench serve", "bench:build_serve", LOOK, "Load a server with ragged streams and check every answer."),
     ("data inspect", "look:build_data_inspect", LOOK, "Show a data file as training will see it."),
     ("info", "look:build_info", LOOK, "Parameters, memory and FLOPs of a preset or model."),
     ("recipe ls", "recipes:build_ls", RUNS, "List the shipped recipes."),
@@ -44,6 +47,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
 )
 GROUPS: dict[str, tuple[str, str]] = {
     "tokenizer": (WORK, "Train and inspect tokenizers."),
+    "bench": (LOOK, "Measure speed."),
     "data": (LOOK, "Look at data files."),
     "recipe": (RUNS, "List, show, copy and check recipes."),
     "runs": (RUNS, "Look at finished and running work."),

@@ -1,0 +1,296 @@
+"""From what the command line names to models that are served: read, change, quantise, name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kllm.errors import UserError
+from kllm.serve.errors import ApiError
+from kllm.serve.ops import kllm_version
+from kllm.serve.registry import Registry, Served
+from kllm.serve.runtime import EngineRuntime
+from kllm.serve.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from kllm.engine.engine import Engine
+    from kllm.model.transformer import Transformer
+    from kllm.tokenizer.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+
+_NAME = re.compile(r"[\w.@:+-]+(?:/[\w.@:+-]+)*")
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How models are read and run; see the flags of `kllm serve`."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_context: int | None = None
+    kv_memory: int | None = 512 << 20
+    kv_dtype: str = "auto"
+    prefill_chunk: int | None = None
+    prefix_cache: bool = True
+    quant: str = "none"
+    rope_scaling: str | None = None
+    factor: float | None = None
+    speculate: int = 0
+    draft: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to serve: its name in requests, where it is, and an adapter to merge into it."""
+
+    name: str
+    path: str
+    adapter: str | None = None
+    parent: str | None = None
+
+
+def sources_of(models: Sequence[str], adapters: Sequence[str] = ()) -> list[Source]:
+    """The sources that MODEL and --adapter arguments mean; adapters go onto the first model.
+
+    Raises:
+        UserError: no name in front of an adapter, a strange name, one name twice.
+    """
+    sources = [_source(text) for text in models]
+    for text in adapters:
+        name, sign, path = text.partition("=")
+        if not sign or not path:
+            raise UserError(f"expected NAME=DIR, got {text!r}", where="flag --adapter")
+        sources.append(Source(name, sources[0].path, path, sources[0].name))
+    names = [source.name for source in sources]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{name!r} is no name for a model", hint="NAME=PATH gives it one")
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name!r}", hint="NAME=PATH gives one another name")
+    return sources
+
+
+def _source(text: str) -> Source:
+    name, sign, path = text.partition("=")
+    if sign and path and "/" not in name and not Path(text).expanduser().exists():
+        return Source(name, path)
+    return Source(default_name(text), text)
+
+
+def default_name(path: str) -> str:
+    """The run's name for what is in a run, else the last part of the path or hub id."""
+    place = Path(path).expanduser()
+    if place.exists():
+        place = place.resolve()
+        run = next((p for p in (place, *place.parents) if (p / "run.json").is_file()), None)
+        if run is not None:
+            return run.name
+        return place.stem if place.is_file() else place.name
+    return path.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
+def load_all(
+    sources: Iterable[Source],
+    options: LoadOptions,
+    settings: Settings,
+    registry: Registry,
+    *,
+    say: Say,
+    on_dead: Callable[[], None] | None = None,
+) -> None:
+    """Loads every source into `registry`, then opens it.
+
+    Raises:
+        UserError, KllmError: a model that cannot be served.
+    """
+    draft = _draft(options)
+    for source in sources:
+        served = load_one(source, options, settings, draft=draft, say=say, on_dead=on_dead)
+        registry.add(served)
+        for line in served.lines:
+            say(f"{served.name}: {line}")
+    registry.open()
+
+
+def load_one(
+    source: Source,
+    options: LoadOptions,
+    settings: Settings,
+    *,
+    draft: Transformer | None = None,
+    say: Say = lambda line: None,
+    on_dead: Callable[[], None] | None = None,
+) -> Served:
+    """One model, ready to answer."""
+    from kllm.export.resolve import resolve
+    from kllm.model.presets import count_parameters
+
+    place = resolve(source.path)
+    model, tokenizer = _model(source, place, options, say)
+    encoder = _encoder(tokenizer, source)
+    fingerprint = _fingerprint(model, options)
+    numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
+    engine = build_engine(model, tokenizer, options, settings, draft)
+    runtime = EngineRuntime(engine, encoder=encoder, settings=settings, on_dead=on_dead)
+    threading.Thread(target=_warm, args=(runtime,), name="grammars", daemon=True).start()
+    size = f"{count_parameters(engine.shape):,} parameters, {numbers} on {engine.device}"
+    lines = [f"{size}, context {engine.max_context:,}", engine.kv_line()]
+    lines += [line for line in [_kernels(engine)] if line]
+    return Served(
+        name=source.name,
+        runtime=runtime,
+        root=default_name(source.adapter or source.path),
+        parent=source.parent,
+        fingerprint=fingerprint,
+        generation=generation_defaults(place),
+        lines=tuple(lines),
+    )
+
+
+def _warm(runtime: EngineRuntime) -> None:
+    """Reads the vocabulary for grammars before the first one is asked for: a large one takes seconds."""
+    with contextlib.suppress(ApiError, UserError):  # the request that wants a grammar will hear it
+        _ = runtime.compiler.vocabulary
+
+
+def build_engine(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    options: LoadOptions,
+    settings: Settings,
+    draft: Transformer | None = None,
+) -> Engine:
+    """The engine as the options want it; it may take the model apart."""
+    from kllm.engine.engine import Engine
+
+    return Engine(
+        model,
+        tokenizer,
+        max_batch=settings.max_running,
+        max_context=options.max_context,
+        kv_memory=options.kv_memory,
+        kv_dtype=options.kv_dtype,
+        prefill_chunk=options.prefill_chunk,
+        prefix_cache=options.prefix_cache,
+        weights="auto" if options.quant == "none" else options.quant,
+        speculate=options.speculate,
+        draft=draft,
+        owns_model=True,
+    )
+
+
+def _model(source: Source, place: Path, options: LoadOptions, say: Say) -> tuple[Transformer, Tokenizer]:
+    from kllm.export.load import load_model
+
+    device, dtype = _device(options)
+    model, tokenizer = load_model(place, device, dtype, say=say)
+    if tokenizer is None:
+        hint = f"kllm convert {source.path} OUT --tokenizer DIR gives it one"
+        raise UserError("the model has no tokenizer beside it", where=source.path, hint=hint)
+    if source.adapter is not None:
+        from kllm.export.adapter import merge_adapter
+
+        merge_adapter(model, source.adapter)
+    if options.rope_scaling is not None and options.factor is not None:
+        model = stretched(model, options.rope_scaling, options.factor)
+    return model.eval(), tokenizer
+
+
+def _draft(options: LoadOptions) -> Transformer | None:
+    if options.draft is None:
+        return None
+    from kllm.export.load import load_model
+
+    return load_model(options.draft, *_device(options), tokenizer=False)[0].eval()
+
+
+def _device(options: LoadOptions) -> tuple[torch.device, torch.dtype]:
+    from kllm.train.device import pick_device, pick_dtype
+
+    device = pick_device(options.device)
+    return device, pick_dtype(options.dtype, device)
+
+
+def stretched(model: Transformer, kind: str, factor: float) -> Transformer:
+    """The same weights with `factor` times the positions (YaRN, Peng et al. 2023, or linear).
+
+    Raises:
+        UserError: the model is stretched already.
+    """
+    import torch
+
+    from kllm.model.transformer import Transformer
+
+    shape = model.shape
+    if shape.rope_scaling is not None:
+        raise UserError(
+            f"the model has rope_scaling {shape.rope_scaling['rope_type']} already",
+            where="flag --rope-scaling",
+        )
+    length = shape.max_position_embeddings
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = length
+    with torch.device("meta"):
+        longer = Transformer(shape.with_(rope_scaling=scaling, max_position_embeddings=int(length * factor)))
+    longer.load_state_dict(model.state_dict(), assign=True)
+    if shape.tie_word_embeddings:
+        longer.lm_head.weight = longer.model.embed_tokens.weight
+    return longer.to(model.head_weight.device)
+
+
+def _encoder(tokenizer: Tokenizer, source: Source) -> Any:
+    from kllm.tokenizer.chat import ChatEncoder
+
+    try:
+        return ChatEncoder(tokenizer)
+    except UserError as error:
+        if tokenizer.chat_template is not None:
+            raise UserError(error.message, where=f"{source.path}, chat template", hint=error.hint) from None
+        return None
+
+
+def _kernels(engine: Engine) -> str:
+    """What computes, in words, if the engine tells."""
+    line = getattr(engine.prepared, "kernel_line", None)
+    return str(line()) if callable(line) else ""
+
+
+def generation_defaults(place: Path) -> dict[str, float]:
+    """Sampling defaults of a model's generation_config.json; a broken file counts as none."""
+    try:
+        config = json.loads((place / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    found = {name: config.get(name) for name in _DEFAULTS}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _fingerprint(model: Transformer, options: LoadOptions) -> str:
+    """Of the weights and of every option that changes what is computed."""
+    import torch
+
+    kept = (options.quant, options.kv_dtype, options.rope_scaling, options.factor)
+    whole = hashlib.sha256(json.dumps([kllm_version(), kept, str(model.shape)]).encode())
+    for name, tensor in model.state_dict().items():
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return f"kllm-{kllm_version()}-{whole.hexdigest()[:12]}"
