@@ -176,7 +176,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (socket.gaierror, UnicodeError):
         raise UserError(f"no address called {host!r}", where="flag --host") from None
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else no TCP_NODELAY
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
