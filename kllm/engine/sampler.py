@@ -2,9 +2,11 @@
 
 Every filter becomes a probability threshold per row (top-k: the k-th value; top-p: the last value of the
 nucleus; min-p: a share of the best), so the whole vocabulary is never sorted unless a flat distribution
-needs it. One uniform number per token then picks by inverse CDF; it is a hash of (seed, token number),
-so a row's draw cannot depend on its neighbours. Order as in transformers: temperature, top-k, top-p (of
-what top-k kept), min-p; `kllm.engine.adjust` has been at the logits before.
+needs it. What is left is drawn by the exponential form of Gumbel-max: the token with the largest
+probability / E, where E is exponential noise made of (seed, token number, token id) alone. So a draw cannot
+depend on neighbours, and a rounding error turns it only where two tokens all but tie (an inverse CDF has a
+border to fall off at every token). Order as in transformers: temperature, top-k, top-p (of what top-k
+kept), min-p; `kllm.engine.adjust` has been at the logits before.
 """
 
 from __future__ import annotations
@@ -19,25 +21,49 @@ from torch import Tensor
 from kllm.engine.params import SamplingParams
 
 _HEAD = 64  # values looked at before sorting all: mostly holds the nucleus of a trained model's row
-_MASK = 2**64 - 1
 
 
-def uniforms(seeds: Sequence[int], counters: Sequence[int]) -> np.ndarray:
-    """One number in [0, 1) per row, float32 [rows], from a request's seed and its token number.
+def streams(seeds: Sequence[int], counters: Sequence[int]) -> Tensor:
+    """The noise of one token number of each row: int64 [rows], a state to draw from per token id.
 
     SplitMix64 (Steele, Lea, Flood 2014) with a hashed seed as its starting state, so that neighbouring
-    seeds give unrelated streams. 24 bits: what a float32 below 1 holds exactly.
+    seeds and numbers give unrelated streams.
     """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    state = _mix(np.array([s & _MASK for s in seeds], dtype=np.uint64) + golden)
-    bits = _mix(state + (np.array(counters, dtype=np.uint64) + np.uint64(1)) * golden)
-    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    state = _mix(torch.tensor([_signed(s) for s in seeds]) + _GOLDEN)
+    return _mix(state + (torch.tensor(counters) + 1) * _GOLDEN)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def exponentials(states: Tensor, ids: Tensor) -> Tensor:
+    """Exponential noise float32 (mean 1) of token `ids` in streams `states` (int64, broadcast together).
+
+    MurmurHash3's 32-bit finaliser over a Weyl sequence that begins at the stream's state: 32 bits, because
+    processors multiply those eight at a time. E lies in 3e-8..17.4.
+    """
+    low, high = states.to(torch.int32), (states >> 32).to(torch.int32)
+    x = ids.to(torch.int32) * _signed32(0x9E3779B1) + low
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _signed32(0x85EBCA6B)
+    x = (x ^ ((x >> 13) & 0x7FFFF) ^ high) * _signed32(0xC2B2AE35)
+    bits = ((x ^ ((x >> 16) & 0xFFFF)) >> 8) & (2**24 - 1)
+    return bits.float().add_(0.5).mul_(2.0**-24).log_().neg_()
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _signed(n: int) -> int:
+    """The int64 with the same 64 bits: arithmetic wraps around as the unsigned one does."""
+    n &= 2**64 - 1
+    return n - 2**64 if n >= 2**63 else n
+
+
+def _signed32(n: int) -> int:
+    return n - 2**32 if n >= 2**31 else n
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 
 @dataclass
@@ -72,46 +98,48 @@ class RowSettings:
             top_p=column([p.top_p for p in rows]),
             min_p=column([p.min_p for p in rows]),
             head=min(vocab, max([_HEAD, *(p.top_k for p in rows)])),
-            filtered=any(p.top_k > 0 or p.top_p < 1 for p in rows),
+            filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in rows),
         )
 
 
-def sample(logits: Tensor, settings: RowSettings, noise: np.ndarray) -> Tensor:
+def sample(logits: Tensor, settings: RowSettings, states: Tensor) -> Tensor:
     """Next token ids, int64 [B]; -1 for a row without a finite best logit (damaged weights).
 
     Args:
         logits: float32 [B, V], adjusted.
         settings: the parameters of the B rows.
-        noise: float32 [B] from `uniforms`.
+        states: int64 [B] from `streams`.
     """
     best = logits.argmax(-1)
     broken = ~logits.gather(1, best[:, None]).squeeze(1).isfinite()
     if bool(broken.any()):
         logits = logits.masked_fill(broken[:, None], 0.0)
-        return _sample(logits, settings, noise, best).masked_fill_(broken, -1)
-    return _sample(logits, settings, noise, best)
+        return _sample(logits, settings, states, best).masked_fill_(broken, -1)
+    return _sample(logits, settings, states, best)
 
 
-def _sample(logits: Tensor, settings: RowSettings, noise: np.ndarray, best: Tensor) -> Tensor:
+def _sample(logits: Tensor, settings: RowSettings, states: Tensor, best: Tensor) -> Tensor:
     if len(settings.sampled) == 0:
         return best
-    uniform = torch.from_numpy(noise).to(logits.device)
-    if len(settings.sampled) == len(logits):
-        return _draw(logits, settings, uniform, best)
-    rows = settings.sampled
-    return best.index_copy(0, rows, _draw(logits[rows], settings, uniform[rows], best[rows]))
+    rows, states = settings.sampled, states.to(logits.device)
+    if len(rows) == len(logits):
+        return _draw(logits, settings, states)
+    return best.index_copy(0, rows, _draw(logits[rows], settings, states[rows]))
 
 
-def _draw(logits: Tensor, settings: RowSettings, uniform: Tensor, best: Tensor) -> Tensor:
+def _draw(logits: Tensor, settings: RowSettings, states: Tensor) -> Tensor:
     probs = torch.softmax(logits / settings.temperature, dim=-1)
-    threshold = settings.min_p * probs.amax(-1, keepdim=True)
-    if settings.filtered:
-        threshold = torch.maximum(threshold, _nucleus(probs, settings))
-    cdf = probs.masked_fill_(probs < threshold, 0.0).cumsum(-1)
-    target = uniform[:, None] * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)
-    # A parallel prefix sum may dip by a rounding error and point at a token that was filtered out.
-    return torch.where(probs.gather(1, drawn) > 0, drawn, best[:, None]).squeeze(1)
+    if not settings.filtered:
+        return (probs / exponentials(states[:, None], _ids(probs))).argmax(-1)
+    threshold = torch.maximum(settings.min_p * probs.amax(-1, keepdim=True), _nucleus(probs, settings))
+    row, token = ((probs >= threshold) & (probs > 0)).nonzero(as_tuple=True)
+    scores = torch.zeros_like(probs)
+    scores[row, token] = probs[row, token] / exponentials(states[row], token)
+    return scores.argmax(-1)
+
+
+def _ids(probs: Tensor) -> Tensor:
+    return torch.arange(probs.shape[1], device=probs.device)
 
 
 def _nucleus(probs: Tensor, settings: RowSettings) -> Tensor:

@@ -12,7 +12,7 @@ from kllm.engine.adjust import adjust, blocks, logprobs_of
 from kllm.engine.cache import KVCache, Segment, in_order
 from kllm.engine.params import Event, TokenLogprob
 from kllm.engine.request import Request
-from kllm.engine.sampler import RowSettings, sample, uniforms
+from kllm.engine.sampler import RowSettings, sample, streams
 from kllm.engine.scheduler import Scheduler
 from kllm.errors import KllmError
 
@@ -146,8 +146,8 @@ class Stepper:
         requests = [r for r, part, _ in drawing for _ in range(len(part))]
         numbers = [r.drawn + i for r, part, _ in drawing for i in range(len(part))]
         raw = self.model.logits(hidden).float()
-        noise = uniforms([r.seed for r in requests], numbers)
-        drawn = sample(adjust(raw, requests), self._row_settings(requests), noise).tolist()
+        states = streams([r.seed for r in requests], numbers)
+        drawn = sample(adjust(raw, requests), self._row_settings(requests), states).tolist()
         logprobs = self._logprobs(raw, requests, drawn)
         events, at = [], 0
         for request, part, guesses in drawing:

@@ -62,7 +62,8 @@ def described(
     if text is not None:
         content = {text: {"schema": {"type": "string"}}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        fields = {"event": {"type": "string"}, "data": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"type": "object", "properties": fields}}
     responses: dict[int | str, dict[str, Any]] = {200: {"description": "The answer.", "content": content}}
     error = {"application/json": {"schema": {"$ref": f"{_REF}Error"}}}
     responses |= {status: {"description": text, "content": error} for status, text in _STATUS.items()}

@@ -64,12 +64,14 @@ def test_merging_keeps_order_and_what_comes_first_or_last() -> None:
     batch = [
         (1, Event(7, (1,), "a", prompt_logprobs=(None,), cached_tokens=4)),
         (0, Event(6, (5,), "x")),
-        (1, Event(7, (2, 3), "b", "stop", message="m")),
+        *[(1, Event(7, (2,), "b"))] * 40,
+        (1, Event(7, (2, 3), "c", "stop", message="m")),
     ]
     assert merged(batch) == [
-        (1, Event(7, (1, 2, 3), "ab", "stop", (), (None,), 4, "m")),
+        (1, Event(7, (1, *[2] * 40, 2, 3), "a" + "b" * 40 + "c", "stop", (), (None,), 4, "m")),
         (0, Event(6, (5,), "x")),
     ]
+    assert merged(batch[:20]) == batch[:20], "a reader that keeps up gets every step"
 
 
 def test_cancelling_frees_the_row_within_a_step() -> None:
