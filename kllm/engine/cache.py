@@ -76,6 +76,7 @@ class KVCache:
     def __init__(self, fmt: KVFormat, device: torch.device | str = "cpu") -> None:
         self.fmt, self.device = fmt, torch.device(device)
         self._plain = isinstance(fmt, Plain)
+        self._rotation = None if fmt.rotation is None else fmt.rotation.to(self.device)
         self._groups: list[_Singles | _Chunk] = []
 
     def begin(self, segments: Sequence[Segment]) -> None:
@@ -131,6 +132,12 @@ class KVCache:
         """
         if not self._groups:
             raise RuntimeError("announce a step with begin() before running the model")
+        if self._rotation is None:
+            return self._attend(layer, q, k, v)
+        turn = self._rotation
+        return (self._attend(layer, q @ turn, k @ turn, v @ turn).view_as(q) @ turn).flatten(1)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
         for group in self._groups:
             part = slice(group.a, group.b)

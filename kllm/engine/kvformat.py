@@ -24,6 +24,9 @@ class KVFormat(Protocol):
 
     widths: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
+    rotation: Tensor | None
+    """Orthogonal and symmetric [D, D] that queries, keys and values are multiplied by first, the result of
+    attention once more: exact in itself, and it spreads the few large channels that rounding suffers from."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., D] to the parts [..., width]."""
@@ -54,6 +57,7 @@ def kv_format(name: str, head_dim: int, dtype: torch.dtype) -> KVFormat:
 class Plain:
     """The numbers themselves."""
 
+    rotation: Tensor | None = None
     widths: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -70,6 +74,7 @@ class Plain:
 class Int8:
     """Symmetric: x = code * scale, scale = max |x| / 127 per token and head."""
 
+    rotation: Tensor | None = None
     widths: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -87,13 +92,17 @@ class Int8:
 
 
 class Int4:
-    """Asymmetric: x = low + code * step with codes 0..15 per 32 channels, two codes a byte."""
+    """Asymmetric: x = low + code * step with codes 0..15 per 32 channels, two codes a byte.
+
+    After a Hadamard rotation (QuaRot, Ashkboos et al. 2024): keys have channels ten times the others.
+    """
 
     widths: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
 
     def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
         self.dtype, self.head_dim = dtype, head_dim
+        self.rotation: Tensor | None = hadamard(head_dim).to(dtype)
         self.group = _GROUP if head_dim % _GROUP == 0 else head_dim
         groups = head_dim // self.group
         self.widths = (head_dim // 2, groups, groups)
@@ -114,3 +123,11 @@ class Int4:
         codes = torch.cat((packed & 15, packed >> 4), dim=-1).unflatten(-1, (-1, self.group))
         x = codes.float() * step.float()[..., None] + low.float()[..., None]
         return x.flatten(-2).to(self.dtype)
+
+
+def hadamard(size: int) -> Tensor:
+    """Orthogonal and symmetric float32 [size, size]: blocks of the largest power of two that divides it."""
+    block = torch.ones(1, 1)
+    while size % (2 * len(block)) == 0:
+        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
+    return torch.block_diag(*[block / len(block) ** 0.5] * (size // len(block)))

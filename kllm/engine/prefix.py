@@ -131,12 +131,12 @@ class PrefixCache:
         if sum(view.nbytes for view in views) > room:
             return None
         node = _Node(parent, tokens, [view.clone(memory_format=torch.contiguous_format) for view in views])
-        for other in list(parent.candidates(tokens[0])):  # a shorter end that this page continues
-            if len(other.tokens) < len(tokens) and tokens[: len(other.tokens)] == other.tokens:
-                self._forget(other)
         parent.add(node)
         self._used[node] = None
         self.nbytes += node.nbytes
+        for other in list(parent.candidates(tokens[0])):  # a shorter end that this page continues
+            if len(other.tokens) < len(tokens) and tokens[: len(other.tokens)] == other.tokens:
+                self._forget(other)
         return node
 
     def evict(self, wanted: int) -> None:

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kllm.engine.cache import KVCache, Segment, in_order
-from kllm.engine.kvformat import kv_format
+from kllm.engine.kvformat import hadamard, kv_format
 from kllm.engine.prefix import PrefixCache
 from kllm.engine.rows import PAGE, Rows
 from kllm.errors import UserError
@@ -46,6 +46,20 @@ def test_a_rounded_vector_is_near_and_small(name, bound, cosine):
     assert float((x - back).norm() / x.norm()) < bound
     plain, small = make_rows()[0].token_bytes, make_rows(name=name)[0].token_bytes
     assert small < plain / {"int8": 3.7, "int4": 6}[name]
+
+
+@pytest.mark.parametrize("size", [2, 16, 64, 96, 80])
+def test_the_rotation_is_its_own_inverse_and_tames_large_channels(size):
+    turn = hadamard(size)
+    assert torch.allclose(turn @ turn, torch.eye(size), atol=1e-6) and torch.equal(turn, turn.T)
+    x = torch.randn(200, size, generator=torch.Generator().manual_seed(0))
+    x[:, 1] *= 12
+    fmt = kv_format("int4", size, torch.float32)
+
+    def error(y):
+        return float((fmt.decode(fmt.encode(y)) - y).norm())
+
+    assert size < 16 or error(x @ turn) < 0.75 * error(x)
 
 
 def test_zero_and_constant_vectors_survive():
@@ -116,7 +130,8 @@ def test_attention_over_rounded_rows_sees_what_was_stored(name):
     cache = KVCache(fmt)
     row = rows.allocate(40, 0)[0]
     q, k, v = (torch.randn(40, h, DIM, generator=torch.Generator().manual_seed(2)) for h in (HEADS, KV, KV))
-    near_k, near_v = fmt.decode(fmt.encode(k)), fmt.decode(fmt.encode(v))
+    turn = torch.eye(DIM) if fmt.rotation is None else fmt.rotation
+    near_k, near_v = (fmt.decode(fmt.encode(t @ turn)) @ turn for t in (k, v))
     cache.begin([Segment(row, 0, 39)])
     cache.attend(0, q[:39], k[:39], v[:39])
     cache.begin([Segment(row, 39, 1)])
@@ -192,6 +207,7 @@ def filled(rows, ids):
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=70), min_size=1, max_size=12), st.integers(0, 9)
 )
+@example([[0], [0, 0], [0, 0]], 0)
 def test_the_longest_known_prefix_and_nothing_else(sequences, evicted):
     rows, _ = make_rows(budget=2**24)
     prefix = PrefixCache()
