@@ -32,6 +32,7 @@ from kllm.model.transformer import MLP, Attention, Block, RMSNorm, Transformer
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = ("auto", *FLOATS, "int8", "int4")
+_TWICE_BYTES = 1 << 30  # larger models do not keep two layouts of every matrix
 
 
 class KVFormat(Protocol):
@@ -68,9 +69,15 @@ class Prepared(nn.Module):
             self.dtype = FLOATS.get(weights, low)
         self.pairs = self.dtype == torch.float32
         options = candidates(self.weights, self.dtype)
+        matrices = _matrices(model)
+        if sum(m.nbytes for m in matrices) > _TWICE_BYTES and kernel is None:
+            options = {n: make for n, make in options.items() if getattr(make, "copies", 1) == 1}
         self._fallback: Make = Plain if self.weights not in ("int8", "int4") else list(options.values())[-1]
         with torch.no_grad():
-            self._choice: Choice = choose(options, _matrices(model), self.dtype, kernel)
+            self._choice: Choice = choose(options, matrices, self.dtype, kernel)
+            # a rounding slip of the head reaches every answer: 4 bits are not enough for it
+            head = candidates("int8", self.dtype)
+            self._head_choice = choose(head, matrices, self.dtype) if weights == "int4" else self._choice
             self._rope = torch.empty(0)
             self._blocks: list[PreparedBlock] = []
             self.ensure_context(min(model.shape.max_position_embeddings, 4096))
@@ -131,7 +138,8 @@ class Prepared(nn.Module):
             assert isinstance(block, Block)
             self._blocks[i : i + 1] = [self._block(block, own)]
         tied = self.shape.tie_word_embeddings
-        self._head = self._projection([model.head_weight], None, own and not tied)
+        head = model.head_weight
+        self._head = self._projection([head], None, own and not tied, choice=self._head_choice)
 
     def _block(self, block: Block, own: bool) -> PreparedBlock:
         s, attention = self.shape, block.self_attn
@@ -184,23 +192,27 @@ class Prepared(nn.Module):
 
     def _moe(self, moe: MoE, own: bool) -> PreparedMoE:
         shared = None if moe.shared_expert is None else self._mlp(moe.shared_expert, own)
-        gate = (
-            None if moe.shared_expert_gate is None else moe.shared_expert_gate.weight.detach().to(self.dtype)
-        )
+        gate = moe.shared_expert_gate
+        gate_weight = None if gate is None else gate.weight.detach().to(self.dtype)
         router = Router(moe.gate.weight.detach().to(self.dtype), self.shape)
         experts = moe.experts
         if self.device.type != "cpu" and self.weights not in ("int8", "int4"):
-            return PreparedMoE(router, GroupedExperts(experts, self.dtype), shared, gate)
+            return PreparedMoE(router, GroupedExperts(experts, self.dtype), shared, gate_weight)
         feeds: list[Callable[[Tensor], Tensor]] = [
             GatedMLP(self._projection([g, u], None, False), self._projection([d], None, False))
             for g, u, d in zip(experts.gate_proj, experts.up_proj, experts.down_proj, strict=True)
         ]
         if own:
             _empty((experts.gate_proj, experts.up_proj, experts.down_proj))
-        return PreparedMoE(router, LoopExperts(feeds), shared, gate)
+        return PreparedMoE(router, LoopExperts(feeds), shared, gate_weight)
 
     def _projection(
-        self, weights: list[Tensor], bias: Tensor | None, own: bool, rows: Tensor | None = None
+        self,
+        weights: list[Tensor],
+        bias: Tensor | None,
+        own: bool,
+        rows: Tensor | None = None,
+        choice: Choice | None = None,
     ) -> Projection:
         """The matrices one under another (their rows in the order `rows`) behind the chosen kernel."""
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
@@ -209,7 +221,7 @@ class Prepared(nn.Module):
         if own:
             _empty(weights)
         try:
-            return Projection(self._choice.make(weight, bias))
+            return Projection((choice or self._choice).make(weight, bias))
         except (RuntimeError, NotImplementedError):  # a size that this kernel does not take
             return Projection(self._fallback(weight, bias))
 
@@ -223,10 +235,12 @@ def _matrices(model: Transformer) -> list[Tensor]:
     """The matrices that make up most of a step, in the order in which it reads them."""
     found: list[Tensor] = []
     for block in model.model.layers:
+        assert isinstance(block, Block)
         feed = block.mlp
         if isinstance(feed, MoE):
             found += [e.detach() for e in (*feed.experts.gate_proj, *feed.experts.up_proj)]
         else:
+            assert isinstance(feed, MLP)
             found += [p.weight.detach() for p in (feed.gate_proj, feed.up_proj, feed.down_proj)]
     return found
 
@@ -239,8 +253,8 @@ def prepare(
     Args:
         model: on its final device; eval mode and dropout do not matter, there is none.
         weights: "auto" keeps the model's numbers; "fp32", "bf16", "fp16" convert them; "int8" (one scale per
-            row of a matrix, activations rounded per token) and "int4" (groups of 32) round the matrices. The
-            embedding and the router are never rounded; a tied head is.
+            row of a matrix) and "int4" (groups of 32, the head in 8 bits) round the
+            matrices. The embedding and the router are never rounded; a tied head is.
         own: the model will not be used again: its matrices are emptied as they are converted, so that the
             peak is one model and one layer.
         kernel: pins a kernel by name (`kernels.candidates`) instead of racing them.

@@ -1,4 +1,4 @@
-"""The parts of a prepared model: projections, norms, rotation, one block. All on flat rows, [N tokens, ...]."""
+"""The parts of a prepared model: projections, norms, rotation, one block. Rows are flat: [N, ...]."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Router:
 
 
 class LoopExperts:
-    """One pass over the experts that were chosen: each a pair of kernels like any other matrix (CPU, 8/4 bits)."""
+    """One expert after another, each a pair of kernels like any other matrix (CPUs; 8 and 4 bits)."""
 
     def __init__(self, experts: list[Feed]) -> None:
         self.experts = experts
