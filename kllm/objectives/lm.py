@@ -36,7 +36,7 @@ class LanguageModeling:
         inner = unwrap(model)
         layout = PackedLayout(batch.cu_seqlens, batch.tokens.device)
         router = RouterLog() if inner.shape.is_moe else None
-        hidden = model(batch.tokens, batch.positions, layout, None, router)
+        hidden = model(batch.tokens, batch.positions, layout, router)
         total = linear_cross_entropy(hidden, inner.head_weight, batch.labels, batch.weights, self.loss_chunk)
         weight = self.weight(batch)
         metrics: dict[str, tuple[object, object]] = {"train/loss": (total.detach(), weight)}

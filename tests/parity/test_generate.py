@@ -73,6 +73,20 @@ def test_greedy_in_a_ragged_batch(pair):
         assert completion.token_ids == reference(theirs, prompt, 40)
 
 
+@pytest.mark.parametrize("options", [{}, {"speculate": 4}, {"prefill_chunk": 16}], ids=str)
+def test_greedy_up_to_the_context_limit(pair, options):
+    """Prompts that leave one token, a few, or none: 192 positions in all."""
+    ours, theirs = pair
+    generator = torch.Generator().manual_seed(6)
+    prompts = [torch.randint(1, 211, (n,), generator=generator).tolist() for n in (191, 185, 192, 1)]
+    done = Engine(ours, None, **options).generate(prompts, SamplingParams(temperature=0, max_tokens=1000))
+    assert [len(c.token_ids) for c in done] == [1, 7, 0, 191]
+    assert {c.finish_reason for c in done} == {"length"}
+    for prompt, completion in zip(prompts, done, strict=True):
+        count = len(completion.token_ids)
+        assert count == 0 or completion.token_ids == reference(theirs, prompt, count)
+
+
 def test_repetition_penalty_and_end_token(pair):
     ours, theirs = pair
     params = SamplingParams(temperature=0, max_tokens=40, repetition_penalty=1.3)

@@ -33,7 +33,7 @@ class ByteTokenizer:
     """Token i is byte i; 256 ends the text."""
 
     stop_token_ids = (EOS,)
-    special_tokens = {"<end>": EOS}
+    special_tokens = {"<end>": EOS}  # noqa: RUF012
 
     def bytes_of(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
