@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kllm.serve.errors import ApiError, ClientGone, internal_error, shown
@@ -35,6 +35,7 @@ _DEFAULT_HEADERS = (
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"cache-control", b"no-store"),
 )
+_DRAINED, _DRAIN_SECONDS = 128 << 20, 5.0
 _QUIET = ("/health", "/metrics", "/web/render")  # asked for every few seconds, or ten times a second
 _ALWAYS_UP = ("/health", "/metrics", "/version")
 
@@ -195,9 +196,13 @@ class BodyLimit:
         limit = self.settings.max_body
         declared = header(scope, b"content-length")
         if declared is not None and declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            raise _too_large(limit)
+            error = _too_large(limit)
+            app: ASGIApp = JSONResponse(error.body(), error.status, error.headers)
+            size = limit + 1
+        else:
+            app, size = self.app, 0
         deadline = time.monotonic() + self.settings.body_timeout
-        size, complete, answered = 0, False, False
+        complete, answered = False, False
 
         async def limited() -> Message:
             nonlocal size, complete
@@ -218,9 +223,27 @@ class BodyLimit:
         async def watched(message: Message) -> None:
             nonlocal answered
             answered = True
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if last and size > limit and not complete:  # the answer is out, its end comes after the body's
+                await send({**message, "more_body": True})
+                await _drain(receive)
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        await self.app(scope, limited, watched)
+        await app(scope, limited, watched)
+
+
+async def _drain(receive: Receive) -> None:
+    """Throws away the rest of a body: a client that sends first and then reads would see a reset instead."""
+    left, deadline = _DRAINED, time.monotonic() + _DRAIN_SECONDS
+    while left > 0:
+        try:
+            message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            return
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return
+        left -= len(message.get("body", b""))
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -245,7 +268,8 @@ def _unauthorised(message: str) -> ApiError:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
+    text = f"The body is larger than {limit} bytes."
+    return ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
 
 
 def digests(keys: Iterable[str]) -> tuple[bytes, ...]:

@@ -8,9 +8,10 @@ from the hub is somebody else's code. `{% generation %}` blocks are what the mod
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
@@ -18,7 +19,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from kllm.errors import UserError
 
@@ -114,6 +115,12 @@ class _Generation(Extension):
         return f"{context.get(SPAN_OPEN, '')}{caller()}{context.get(SPAN_CLOSE, '')}"
 
 
+def _format(value: str, *args: Any, **kwargs: Any) -> str:
+    """Jinja's `format` filter: printf-style."""
+    _check_fields(_PRINTF, str(value))
+    return str(value) % (kwargs or args)
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -130,12 +137,83 @@ def _tojson(
     )
 
 
+_MOST = 1_000_000  # characters or items that one operation of a template may make
+_WIDE = 10_000  # width that a template may pad a text to
+_PADDING = frozenset(("ljust", "rjust", "center", "zfill", "expandtabs"))
+# fields that are wide, or as wide as an argument says
+_PRINTF = re.compile(r"%[^a-zA-Z%]*(?:\d{5,}|\*)")
+_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(?:\d{5,}|\{)")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, without the single operations that fill the memory or never end.
+
+    They run in native code: no time limit outside would stop them.
+    """
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and hasattr(left, "__len__") and len(left) > 16 * _MOST:
+            raise SecurityError(f"a template may join up to {16 * _MOST:,} characters")
+        if operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if hasattr(many, "__len__") and isinstance(times, int) and len(many) * times > _MOST:
+                    raise SecurityError(f"a template may repeat up to {_MOST:,} characters")
+        if isinstance(left, int) and isinstance(right, int):
+            bits = (
+                left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            )
+            if operator != "%" and bits > 8192:
+                raise SecurityError("a template may not compute such large numbers")
+        if operator == "%" and isinstance(left, (str, bytes)):
+            _check_fields(_PRINTF, str(left))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        name = getattr(__obj, "__name__", "")
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, (str, bytes)) and name in _PADDING:
+            _check_widths((*args, *kwargs.values()))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_fields(_FORMAT, str(value.__self__))
+        return wrapped
+
+
+def _check_fields(pattern: re.Pattern[str], text: str) -> None:
+    if pattern.search(text):
+        raise SecurityError(f"a template may format fields up to {_WIDE:,} wide")
+
+
+def _check_widths(arguments: Iterable[Any]) -> None:
+    if any(isinstance(a, int) and abs(a) > _WIDE for a in arguments):
+        raise SecurityError(f"a template may pad a text up to {_WIDE:,} wide")
+
+
+def _narrow(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that pads, without widths that fill the memory."""
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_widths((*args, *kwargs.values()))
+        return function(*args, **kwargs)
+
+    return checked
+
+
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = _narrow(_tojson)
+    for name in ("center", "indent", "batch", "slice"):
+        environment.filters[name] = _narrow(environment.filters[name])
+    environment.filters["format"] = _format
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals.pop("lipsum")

@@ -6,6 +6,8 @@ import contextlib
 import json
 import socket
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 from serve_client import chat_body, content_of, http_post, locked_server, read_all, refused, server
@@ -188,6 +190,16 @@ def test_param_is_a_path():
 
 def test_body_over_the_limit():
     refused(server().post(CHAT, chat_body("x" * (2 * 1024 * 1024))), 413, code="request_too_large")
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_body_over_the_limit_for_a_client_that_sends_first(size):
+    """It sees the refusal too, not a reset connection."""
+    url, body = server().url + CHAT, b"x" * (size * 1024 * 1024)
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert caught.value.code == 413 and b"request_too_large" in caught.value.read()
 
 
 def test_body_just_under_the_limit_is_read():

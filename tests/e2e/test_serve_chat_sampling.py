@@ -201,6 +201,24 @@ def test_answer_after_thinking_obeys_the_grammar():
     assert (message["reasoning"], message["content"], message["finish"]) == ("", "blue", "stop")
 
 
+@pytest.mark.parametrize(
+    ("rule", "reasoning", "content"),
+    [
+        ("{open} 'deep' {shut} 'answer'", "deep", "answer"),
+        ("{open} '\\ndeep\\n' {shut} '\\n\\nanswer\\n'", "deep", "answer\n"),
+        ("'<think>deep</think>answer'", "", "<think>deep</think>answer"),
+    ],
+)
+def test_markers_are_tokens_and_newlines_around_them_go(rule, reasoning, content):
+    marks = {
+        name: f"<[{added_tokens()[text]}]>" for name, text in (("open", "<think>"), ("shut", "</think>"))
+    }
+    grammar = "start: " + rule.replace("'", '"').format(**marks)
+    fields = {"structured_outputs": {"grammar": grammar}, "max_tokens": 60}
+    for message in (whole_message(server().chat(**fields)), server().stream_chat(**fields).message()):
+        assert (message["reasoning"], message["content"]) == (reasoning, content)
+
+
 def test_thinking_has_logprobs_for_all_tokens():
     answer = server().chat(**THINK, logprobs=True, max_tokens=6)
     assert len(answer["choices"][0]["logprobs"]["content"]) == 6

@@ -256,7 +256,7 @@ def schemathesis(running: Server, examples: int) -> None:
 
 
 def test_schemathesis():
-    schemathesis(server(), 5)
+    schemathesis(server(), 2)
 
 
 @pytest.mark.slow

@@ -251,3 +251,34 @@ def test_tokens_that_swallow_white_space() -> None:
     text = encoder.text([USER, {**ANSWER, "content": "  yo"}])
     assert tokenizer.decode(row.ids, False) == text.replace("<|im_end|>\n", "<|im_end|>")
     assert tokenizer.encode_raw(text)[:8] == row.ids[:8]
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{{ 'x' * 10**9 }}",
+        "{{ (range(99999)|list) * 10000 }}",
+        "{{ 9**(9**9) > 1 }}",
+        "{{ '%1000000000d' % 5 }}",
+        "{{ '%*d' % (1000000000, 5) }}",
+        "{{ 'x'.ljust(10**9) }}",
+        "{{ '{:1000000000}'.format(5) }}",
+        "{{ '{:{}}'.format(5, 1000000000) }}",
+        "{{ '%1000000000d'|format(5) }}",
+        "{{ 'a'|center(10**9) }}",
+        "{{ 'a'|indent(10**9) }}",
+        "{{ messages|tojson(indent=99999999) }}",
+        "{{ ('a'.ljust)(10**9) }}",
+        "{% set n = namespace(x='aa') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set x = 9**99 %}{% for i in range(30) %}{% set x = x * x %}{% endfor %}{{ x > 1 }}{{ (x**999) > 1 }}",
+    ],
+)
+def test_a_template_cannot_fill_the_memory_or_never_end(bomb):
+    with pytest.raises(UserError, match="template"):
+        render([{"role": "user", "content": "hi"}], bomb)
+
+
+def test_ordinary_arithmetic_of_templates_works():
+    text = "{{ 2 * 3 }}{{ 2 ** 10 }}{{ 7 % 3 }}{{ '-' * 5 }}{{ '%03d' % 7 }}{{ '{:>4}'.format('a') }}"
+    text += "{{ 'a'|center(5) }}{{ '%s! 123456'|format('b') }}{{ 'x'.ljust(3) }}|"
+    assert render([], text) == "610241-----007   a  a  b! 123456x  |"
