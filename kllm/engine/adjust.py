@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kllm.engine.request import Request
 
 _FORBIDDEN = float("-inf")
+_LARGEST = 1e30  # absurd penalties and biases stay finite
 _LOGITS = 2**24  # numbers of prompt logits at a time: 64 MiB
 
 
@@ -34,7 +35,9 @@ def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
             logits[row, torch.tensor(ids, device=logits.device)] += torch.tensor(values, device=logits.device)
-        if request.drawn < params.min_tokens and request.stop_ids:
+    logits.clamp_(-_LARGEST, _LARGEST)
+    for row, request in enumerate(requests):
+        if request.drawn < request.params.min_tokens and request.stop_ids:
             logits[row, torch.tensor(sorted(request.stop_ids), device=logits.device)] = _FORBIDDEN
     _grammars(logits, raw, requests)
     return logits

@@ -76,6 +76,7 @@ class KVCache:
     def __init__(self, fmt: KVFormat, device: torch.device | str = "cpu") -> None:
         self.fmt, self.device = fmt, torch.device(device)
         self._plain = isinstance(fmt, Plain)
+        self._coarse = self._plain and fmt.dtypes[0].itemsize < 4
         self._rotation = None if fmt.rotation is None else fmt.rotation.to(self.device)
         self._groups: list[_Singles | _Chunk] = []
 
@@ -104,7 +105,8 @@ class KVCache:
         keys = longest
         positions = torch.tensor(starts, device=self.device)
         index = torch.tensor(rows, device=self.device)
-        if not gapless or min(starts) + 1 != longest:
+        # in 16 bits rounding depends on the number of keys too much: always the same, whatever the company
+        if not gapless or min(starts) + 1 != longest or self._coarse:
             keys = min(-(-longest // _ALIGN) * _ALIGN, pool.capacity)
             ends = positions
             if not gapless:  # the rows between have no token in this step: their results are dropped

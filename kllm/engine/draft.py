@@ -18,7 +18,7 @@ from kllm.engine.request import Request
 from kllm.engine.rows import Row, Rows
 from kllm.model.decode import Prepared
 
-_BUDGET = 2**29  # bytes of the draft's keys and values; requests without room are not guessed for
+_READ = 256  # tokens that the draft reads in one step: a long prompt comes in parts
 
 
 class _State:
@@ -37,9 +37,10 @@ class DraftModel:
     Args:
         model: the smaller model, prepared.
         count: tokens proposed at once.
+        memory: bytes for its keys and values; requests without room are not guessed for.
     """
 
-    def __init__(self, model: Prepared, count: int) -> None:
+    def __init__(self, model: Prepared, count: int, memory: int = 2**29) -> None:
         self.model, self.count = model, count
         shape = model.shape
         self.device = torch.device(model.device)
@@ -50,7 +51,7 @@ class DraftModel:
             shape.num_key_value_heads,
             fmt,
             max_length=self.max_length,
-            budget=_BUDGET,
+            budget=memory,
             device=self.device,
         )
         self._cache = KVCache(fmt, self.device)
@@ -58,11 +59,22 @@ class DraftModel:
 
     def propose(self, requests: Sequence[Request]) -> dict[Request, list[int]]:
         """See `stepper.Proposer`."""
-        ready = [r for r in requests if self._room(r)]
-        proposed: dict[Request, list[int]] = {r: [] for r in ready}
-        for turn in range(self.count):
-            fresh = {r: self._missing(r) if turn == 0 else proposed[r][-1:] for r in ready}
-            for request, token in self._next(fresh).items():
+        first: dict[Request, list[int]] = {}
+        ready: set[Request] = set()
+        left = _READ
+        for request in requests:
+            if not left or not self._room(request):
+                continue
+            missing = self._missing(request)
+            first[request] = missing[:left]
+            left -= len(first[request])
+            if len(first[request]) == len(missing):
+                ready.add(request)
+        if not first:
+            return {}
+        proposed = {r: [token] for r, token in self._next(first).items() if r in ready}
+        for _ in range(self.count - 1 if ready else 0):
+            for request, token in self._next({r: tokens[-1:] for r, tokens in proposed.items()}).items():
                 proposed[request].append(token)
         return proposed
 

@@ -6,7 +6,7 @@ that wait. What a request gets depends on its prompt, its parameters and its see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from kllm.engine.request import Request
 from kllm.engine.rows import PAGE, Rows
 from kllm.engine.scheduler import Scheduler
 from kllm.engine.stepper import Stepper
-from kllm.errors import KllmError, UserError
+from kllm.engine.stream import EventStream
+from kllm.errors import UserError
 from kllm.model.decode import Prepared, ScratchCache, prepare
 from kllm.model.presets import count_parameters
 from kllm.model.transformer import Transformer
@@ -75,8 +76,15 @@ class Engine:
         draft: Transformer | None = None,
         owns_model: bool = False,
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, not {max_batch}")
+        for name, value in (
+            ("max_batch", max_batch),
+            ("max_context", max_context),
+            ("prefill_chunk", prefill_chunk),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"must be at least 1, not {value}", where=name)
+        if speculate < 0:
+            raise UserError(f"must be 0 (off) or more, not {speculate}", where="speculate")
         self.shape, self.tokenizer = model.shape, tokenizer
         self.parameters = count_parameters(model.shape)
         self.prepared = (
@@ -86,7 +94,8 @@ class Engine:
         wanted = min(max_context or self.shape.max_position_embeddings, self.shape.max_position_embeddings)
         fmt = kv_format(kv_dtype, self.shape.head_dim, self.prepared.dtype)
         layers, kv_heads = self.shape.num_hidden_layers, self.shape.num_key_value_heads
-        budget = _MEMORY if kv_memory is None else kv_memory
+        whole = _MEMORY if kv_memory is None else kv_memory
+        budget = whole if draft is None else whole * 3 // 4  # the draft's keys and values have the rest
         rows = Rows(layers, kv_heads, fmt, max_length=wanted, budget=budget, device=self.device)
         if kv_memory is None:
             rows.budget = max(budget, wanted * rows.token_bytes)
@@ -99,7 +108,7 @@ class Engine:
             )
         chunk = prefill_chunk or _CHUNK.get(self.device.type, _GPU_CHUNK)
         self.scheduler = Scheduler(rows, PrefixCache(prefix_cache), max_running=max_batch, chunk=chunk)
-        proposer = self._proposer(speculate, draft, weights)
+        proposer = self._proposer(speculate, draft, weights, whole // 4)
         cache = KVCache(fmt, self.device)
         self._stepper = Stepper(
             self.prepared, self.scheduler, cache, proposer, self.shape.vocab_size, self.device
@@ -110,7 +119,7 @@ class Engine:
         self._claimed: dict[int, list[Event]] = {}  # events that generate() or stream() waits for
         self._unread: list[Event] = []  # events of other requests that came while these stepped
 
-    def _proposer(self, speculate: int, draft: Transformer | None, weights: str) -> Any:
+    def _proposer(self, speculate: int, draft: Transformer | None, weights: str, memory: int) -> Any:
         if draft is None:
             from kllm.engine.spec import PromptLookup
 
@@ -123,10 +132,11 @@ class Engine:
                 where="draft",
                 hint="a draft model needs the model's own tokenizer",
             )
-        return DraftModel(prepare(draft, weights=weights), speculate or 4)
+        return DraftModel(prepare(draft, weights=weights), speculate or 4, memory)
 
     def reload(self, model: Transformer) -> None:
         """Takes new weights of the same shape; what was cached with the old ones is forgotten."""
+        self.scheduler.preempt_all()  # they go on with the new weights, from their first token
         self.prepared.reload(model)
         self.scheduler.prefix.clear()
 
@@ -196,7 +206,7 @@ class Engine:
         s = self.scheduler
         events, self._early = self._early, []
         for request in [*s.running, *s.waiting]:
-            self._stepper.release(request, keep=False)
+            self._stepper.release(request, keep=False)  # rows are wiped: what broke may lie in them
             events.append(request.finish("error", message))
         s.prefix.clear()
         return events
@@ -289,48 +299,34 @@ class Engine:
         try:
             for i, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 index[self.submit(prompt, one)] = i
-            for event in self._events(set(index)):
+            stream = EventStream(self, index)
+            for event in stream:
                 i = index[event.request_id]
                 done[i].add(event)
                 if on_event is not None:
                     on_event(replace(event, request_id=i))
         finally:
-            self._drop(set(index))
+            self.disown(set(index))
         return done
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Event]:
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> EventStream:
         """Events of one request as they come; closing the iterator cancels it.
 
         Raises:
             UserError: as `submit`, at once.
             KllmError: it failed (damaged weights).
         """
-        number = self.submit(prompt_ids, params)
+        return EventStream(self, [self.submit(prompt_ids, params)])
 
-        def events() -> Iterator[Event]:
-            try:
-                yield from self._events({number})
-            finally:
-                self._drop({number})
-
-        return events()
-
-    def _events(self, numbers: set[int]) -> Iterator[Event]:
-        box: list[Event] = []
-        pending = set(numbers)
+    def claim(self, numbers: Iterable[int], box: list[Event]) -> None:
+        """From now on the events of these requests go into `box`, not to whoever calls `step`."""
         self._claimed.update(dict.fromkeys(numbers, box))
-        while pending:
-            while box:
-                event = box.pop(0)
-                if event.finish_reason == "error":
-                    raise KllmError(event.message)
-                if event.finish_reason is not None:
-                    pending.discard(event.request_id)
-                yield event
-            if pending:
-                self._unread = self.step()  # what was unread before is still in it
 
-    def _drop(self, numbers: set[int]) -> None:
+    def advance(self) -> None:
+        """A step whose events nobody takes at once: those of other requests wait for the next `step`."""
+        self._unread = self.step()  # what was unread before is still in it
+
+    def disown(self, numbers: set[int]) -> None:
         """Forgets requests whose reader has gone, without a word."""
         for number in numbers:
             self.cancel(number)

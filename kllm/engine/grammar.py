@@ -84,10 +84,20 @@ class Matcher:
             self._newlines = (self._newlines or 0) + self.vocabulary.newlines[token]
         else:
             self._newlines = None
-            if not self.native.consume_token(token):
-                self.fail(self.native.get_error())
+            if not self._consume(token):
                 raise KllmError(self.error)
             self.stopped = self.native.is_stopped()
+
+    def _consume(self, token: int) -> bool:
+        try:
+            if self.native.consume_token(token):
+                return True
+            self.fail(self.native.get_error())
+        except BaseException as e:  # a panic of the library derives from BaseException
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
+            self.fail(str(e))
+        return False
 
     def fail(self, message: str) -> None:
         """Marks the matcher as broken."""

@@ -21,11 +21,13 @@ _MOST_COMPARED = 64  # partial matches are looked for among so many pages
 class _Node:
     """One page (or the shorter end of a sequence) and what follows it."""
 
-    __slots__ = ("children", "parent", "parts", "tokens")
+    __slots__ = ("children", "full", "parent", "parts", "tokens")
 
     def __init__(self, parent: _Node | None, tokens: tuple[int, ...], parts: list[Tensor]) -> None:
         self.parent, self.tokens, self.parts = parent, tokens, parts
+        self.full: dict[tuple[int, ...], _Node] = {}
         self.children: dict[int, list[_Node]] = {}
+        """By first token, whole pages (which are in `full` too) and shorter ends."""
 
     def candidates(self, token: int) -> list[_Node]:
         """Children that start with `token`."""
@@ -33,8 +35,11 @@ class _Node:
 
     def add(self, child: _Node) -> None:
         self.children.setdefault(child.tokens[0], []).append(child)
+        if len(child.tokens) == PAGE:
+            self.full[child.tokens] = child
 
     def remove(self, child: _Node) -> None:
+        self.full.pop(child.tokens, None)
         siblings = self.children[child.tokens[0]]
         siblings.remove(child)
         if not siblings:
@@ -83,6 +88,8 @@ class PrefixCache:
         return at, found
 
     def _best(self, node: _Node, wanted: tuple[int, ...]) -> tuple[_Node | None, int]:
+        if wanted in node.full:
+            return node.full[wanted], len(wanted)
         best, most = None, 0
         for child in reversed(node.candidates(wanted[0])[-_MOST_COMPARED:]):
             common = _common(child.tokens, wanted)
@@ -97,9 +104,11 @@ class PrefixCache:
         """Copies the first `length` tokens of `pages` into `row`."""
         if not length:
             return
-        for index, into in enumerate(row.parts(0, length)):
-            stored = torch.cat([page.parts[index] for page in pages], dim=3)
-            into.copy_(stored[:, :, :, :length])
+        for number, page in enumerate(pages):
+            at = number * PAGE
+            upto = min(at + len(page.tokens), length)
+            for into, part in zip(row.parts(at, upto), page.parts, strict=True):
+                into.copy_(part[:, :, :, : upto - at])
 
     @torch.inference_mode()
     def store(self, salt: str, ids: Sequence[int], row: Row, room: int) -> None:

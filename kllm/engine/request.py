@@ -52,7 +52,7 @@ class Request:
         special = {} if tokenizer is None or not params.stop else tokenizer.special_tokens
         ends = [special[text] for text in params.stop if text in special]
         own = () if params.ignore_eos or tokenizer is None else tokenizer.stop_token_ids
-        self.stop_ids = frozenset((*own, *params.stop_token_ids, *ends))
+        self.stop_ids = frozenset(i for i in (*own, *params.stop_token_ids, *ends) if 0 <= i < vocab)
         self._decoder: StreamDecoder | None = None
         if tokenizer is not None:
             self._decoder = answer_decoder(tokenizer, prompt, params.shown_special_ids)
@@ -69,6 +69,8 @@ class Request:
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+        self.admitted = False
+        """Whether it ever had a row."""
         self.mute = False
         """Only the prompt's log-probabilities are wanted: the one token drawn is not an answer."""
         self._reported = False
@@ -138,7 +140,7 @@ class Request:
         if self.finish_reason is not None and not self._stops.stopped and self._decoder:
             # The tail of an incomplete character may itself complete a stop string.
             text += self._stops.feed(self._decoder.flush())
-            if self._stops.stopped:
+            if self._stops.stopped and self.finish_reason == "length":
                 self.finish_reason = "stop"
             else:
                 text += self._stops.flush()

@@ -143,7 +143,7 @@ class Rows:
         if len(pool.rows) == pool.physical:
             room = self.budget - cached_bytes - self.held_bytes
             if room < pool.row_bytes:
-                self._trim(pool)
+                self.trim(pool)
                 room = self.budget - cached_bytes - self.held_bytes
             # doubling, but not when it would take the memory that cached prefixes live in
             step = pool.physical if 4 * self.held_bytes < self.budget else pool.physical // 4
@@ -165,8 +165,11 @@ class Rows:
         self.lengths[target] = n
 
     @torch.inference_mode()  # the buffers were made inside a step; cancelling comes from outside one
-    def free(self, row: Row) -> None:
-        """Gives a row back."""
+    def free(self, row: Row, *, wipe: bool = False) -> None:
+        """Gives a row back; `wipe` leaves nothing of what it stored (a masked NaN would spread: 0 x NaN)."""
+        if wipe:
+            for part in row.parts(0, row.pool.capacity):
+                part.zero_()
         row.pool.give_back(row, self.lengths)
         del self.lengths[row]
 
@@ -175,8 +178,9 @@ class Rows:
             self.pools[capacity] = Pool(capacity, self.layers, self.kv_heads, self.fmt, self.device)
         return self.pools[capacity]
 
-    def _trim(self, keep: Pool) -> None:
-        """Lets go of rows that nobody uses in the other pools."""
+    @torch.inference_mode()
+    def trim(self, keep: Pool | None = None) -> None:
+        """Lets go of rows that nobody uses, but for those of `keep`."""
         for pool in self.pools.values():
             if pool is not keep and pool.physical > len(pool.rows):
                 pool.resize(len(pool.rows))

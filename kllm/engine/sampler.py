@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kllm.engine.params import SamplingParams
 
+_SECOND = 1024  # values looked at before sorting all, the second time
 _HEAD = 64  # values looked at before sorting all: mostly holds the nucleus of a trained model's row
 
 
@@ -148,8 +149,13 @@ def _nucleus(probs: Tensor, settings: RowSettings) -> Tensor:
     threshold, short = _threshold(probs.topk(settings.head).values, top_k, top_p)
     if settings.head < probs.shape[1] and bool(short.any()):
         rows = short.squeeze(1).nonzero().squeeze(1)
-        ordered = _sorted(probs[rows])
-        threshold[rows] = _threshold(ordered, top_k[rows], top_p[rows])[0]
+        for count in (_SECOND, probs.shape[1]):
+            if not len(rows) or (count == _SECOND and 2 * count > probs.shape[1]):
+                continue
+            part = probs[rows]
+            ordered = part.topk(count).values if count == _SECOND else _sorted(part)
+            threshold[rows], short = _threshold(ordered, top_k[rows], top_p[rows])
+            rows = rows[short.squeeze(1)]
     return threshold
 
 

@@ -55,9 +55,9 @@ class Scheduler:
         larger = self._allocate(tokens)
         if larger is None:
             return False
+        request.row = larger  # first of all: whatever fails now, the row has an owner
         self.rows.copy(row, larger)
         self.rows.free(row)
-        request.row = larger
         return True
 
     def release(self, request: Request, *, keep: bool = True) -> None:
@@ -71,7 +71,7 @@ class Scheduler:
             return
         if keep:
             self.remember(request, row, request.tokens[: request.computed])
-        self.rows.free(row)
+        self.rows.free(row, wipe=not keep)
         request.computed = 0
 
     def remember(self, request: Request, row: Row, ids: list[int]) -> None:
@@ -79,9 +79,17 @@ class Scheduler:
         room = self.rows.budget - self.rows.held_bytes - self.prefix.nbytes
         wanted = (len(ids) + PAGE) * self.rows.token_bytes
         if self.prefix.enabled and room < wanted:
-            self.prefix.evict(wanted - room)
+            self.rows.trim()
             room = self.rows.budget - self.rows.held_bytes - self.prefix.nbytes
+            if room < wanted:
+                self.prefix.evict(wanted - room)
+                room = self.rows.budget - self.rows.held_bytes - self.prefix.nbytes
         self.prefix.store(request.params.salt, ids, row, max(room, 0))
+
+    def preempt_all(self) -> None:
+        """Every running request starts again from its tokens, in order."""
+        for request in sorted(self.running, key=lambda r: -r.number):
+            self._preempt(request)
 
     def _preempt(self, request: Request) -> None:
         self.release(request, keep=False)
@@ -91,38 +99,40 @@ class Scheduler:
     # -- one step --------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Gives rows to the oldest waiting requests, as far as rows and memory go."""
-        while self.waiting and len(self.running) < self.max_running:
-            request = self.waiting[0]
-            salt, ids = request.params.salt, request.tokens
-            # the last token must be computed for its logits; prompt log-probabilities need all of them
-            limit = len(ids) - 1 if request.params.prompt_logprobs is None else 0
-            known, pages = self.prefix.match(salt, ids, limit)
-            if self._comes_soon(request, known, limit):
+        """Gives rows to the oldest waiting requests, as far as rows and memory go.
+
+        One whose beginning another is just computing waits for that and lets others pass.
+        """
+        for request in list(self.waiting):
+            if len(self.running) == self.max_running:
                 return
-            row = self._allocate(len(ids) + 1 if len(ids) < self.rows.max_length else len(ids))
+            ids = request.tokens
+            # the last token must be computed for its logits; prompt log-probabilities need all of them
+            limit = len(ids) - 1 if request.params.prompt_logprobs is None or request.drawn else 0
+            known, pages = self.prefix.match(request.params.salt, ids, limit)
+            if self._comes_soon(request, known, limit):
+                continue
+            row = self._allocate(min(len(ids) + 1, self.rows.longest))
             if row is None:
                 return
+            self.waiting.remove(request)
+            self.running.append(request)
+            request.row = row
             self.prefix.load(row, known, pages)
-            self.rows.lengths[row] = known
-            request.row, request.computed = row, known
-            if not request.drawn:
-                request.cached = known
+            self.rows.lengths[row] = request.computed = known
+            if not request.admitted:
+                request.admitted, request.cached = True, known
                 self.prefix_queries += len(ids)
                 self.prefix_hits += known
-            self.waiting.popleft()
-            self.running.append(request)
 
     def _comes_soon(self, request: Request, known: int, limit: int) -> bool:
-        """Whether a running prefill is computing more of this prompt than is known: worth waiting for."""
+        """Whether the next page of this prompt is being computed for another: worth waiting for."""
         if not self.prefix.enabled:
             return False
         upto = min(known - known % PAGE + PAGE, limit)
         return upto > known and any(
-            other.pending > 1
-            and not other.drawn
+            other.computed < upto < len(other.tokens)
             and other.params.salt == request.params.salt
-            and len(other.tokens) > upto
             and other.tokens[:upto] == request.tokens[:upto]
             for other in self.running
         )

@@ -12,6 +12,7 @@ from kllm.engine.adjust import adjust, blocks, logprobs_of
 from kllm.engine.cache import KVCache, Segment, in_order
 from kllm.engine.params import Event, TokenLogprob
 from kllm.engine.request import Request
+from kllm.engine.rows import PAGE
 from kllm.engine.sampler import RowSettings, sample, streams
 from kllm.engine.scheduler import Scheduler
 from kllm.errors import KllmError
@@ -93,12 +94,20 @@ class Stepper:
             guesses = proposed.get(request, [])[: segment.count - 1] if request.pending == 1 else []
             reached = segment.start + segment.count
             self._computed(request, reached)  # with the guesses: a row that moves must take them along
+            self._remember(request, segment, part)
             if reached < len(request.tokens):  # a chunk of a prompt, not its last one
                 continue
-            if not request.drawn and segment.count > 1 and request.row is not None:
-                self.scheduler.remember(request, request.row, request.tokens)
             drawing.append((request, part[-1 - len(guesses) :], guesses))
         return self._draw(drawing) if drawing else []
+
+    def _remember(self, request: Request, segment: Segment, hidden: Tensor) -> None:
+        """Leaves a prompt's keys and values to others, chunk by chunk."""
+        if segment.count == 1 or request.drawn or request.row is None:
+            return
+        if bool(hidden[-1].isfinite().all()):  # it has attended to all of them
+            whole = request.computed == len(request.tokens)
+            upto = request.computed if whole else request.computed // PAGE * PAGE
+            self.scheduler.remember(request, request.row, request.tokens[:upto])
 
     def _proposed(self) -> dict[Request, list[int]]:
         if self.proposer is None:
@@ -127,6 +136,7 @@ class Stepper:
     def _prompt_logprobs(self, request: Request, segment: Segment, hidden: Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow those of `segment`."""
         assert request.prompt_logprobs is not None
+        del request.prompt_logprobs[segment.start + 1 :]  # computed a second time after a preemption
         following = request.prompt[segment.start + 1 : segment.start + segment.count + 1]
         count = request.params.prompt_logprobs or 0
         for part in blocks(len(following), self.vocab):
@@ -190,7 +200,7 @@ class Stepper:
         # the proposed tokens that stood are in the row already; the newest one is not
         self._computed(request, len(request.tokens) - 1)
         if request.finish_reason is not None:
-            self.release(request)
+            self.release(request, keep=request.finish_reason != "error")
         return event
 
     def release(self, request: Request, *, keep: bool = True) -> None:
