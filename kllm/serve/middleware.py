@@ -268,8 +268,7 @@ def _unauthorised(message: str) -> ApiError:
 
 
 def _too_large(limit: int) -> ApiError:
-    text = f"The body is larger than {limit} bytes."
-    return ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
+    return ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
 
 
 def digests(keys: Iterable[str]) -> tuple[bytes, ...]:
