@@ -69,7 +69,7 @@ def check(report: dict[str, Any], streams: int, pause: float = 0.0) -> None:
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_every_ragged_stream_is_whole_and_what_it_is_alone(endpoint: str) -> None:
     job = ServeBench(
-        url=server().url, endpoint=endpoint, streams=16, seconds=4, cases=12, max_tokens=120, disconnect=0.15,
+        url=server().url, endpoint=endpoint, streams=16, seconds=2.5, cases=12, max_tokens=120, disconnect=0.15,
         stall=0.1, stall_seconds=1.0,
     )  # fmt: skip
     check(bench_serve(job), 16, pause=0.5)
