@@ -12,6 +12,7 @@ import math
 import re
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
@@ -20,6 +21,7 @@ from kllm.serve.errors import ApiError, ClientGone, shown
 log = logging.getLogger("kllm.serve")
 
 MAX_DEPTH = 128  # brackets inside brackets
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _MAX_DIGITS = 40  # of an integer
 _THREAD_BYTES = 64 << 10  # larger bodies are parsed beside the event loop
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
@@ -68,7 +70,8 @@ def _log(request: Request, body: bytes) -> None:
     settings = getattr(request.app.state, "settings", None)
     if settings is not None and settings.log_requests:
         number = getattr(request.state, "request_id", "-")
-        log.info("%s %s", number, body.decode("utf-8", "replace").replace("\n", "\\n").replace("\r", "\\r"))
+        text = body.decode("utf-8", "replace")
+        log.info("%s %s", number, _CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -116,11 +119,17 @@ def _bad(reason: str) -> ApiError:
 
 def _check_depth(body: bytes) -> None:
     """Refuses deep nesting before a recursive parser sees it."""
-    depth = 0
-    for byte in _STRING.sub(b"", _ESCAPE.sub(b"", body)).translate(None, _NOT_BRACKETS):
-        depth += 1 if byte in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise _bad(f"nested deeper than {MAX_DEPTH}")
+    if nesting(body) > MAX_DEPTH:
+        raise _bad(f"nested deeper than {MAX_DEPTH}")
+
+
+def nesting(text: bytes) -> int:
+    """How deep the brackets outside the strings of a JSON text go."""
+    brackets = _STRING.sub(b"", _ESCAPE.sub(b"", text)).translate(None, _NOT_BRACKETS)
+    if not brackets:
+        return 0
+    codes = np.frombuffer(brackets, np.uint8)
+    return int(np.where((codes == ord("[")) | (codes == ord("{")), 1, -1).cumsum().max())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

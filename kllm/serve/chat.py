@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -20,13 +20,14 @@ from kllm.serve.fields import Flag, Integer, SamplingFields, room
 from kllm.serve.logprobs import chat_entry
 from kllm.serve.openapi import described
 from kllm.serve.parts import Part
-from kllm.serve.prompt import ConversationFields, rendered
+from kllm.serve.prompt import SECONDS, ConversationFields, rendered
 from kllm.serve.runtime import until_disconnect
 from kllm.serve.sse import EventStream, event
 from kllm.serve.structured import Grammar, StructuredFields, compiled
 from kllm.serve.thinking import END_THINK
 from kllm.serve.toolcalls import TOOL_CALL
 from kllm.serve.tools import CHOICE_SCHEMA, ToolPlan, tool_plan
+from kllm.serve.worker import TookTooLong, limited
 
 if TYPE_CHECKING:
     from kllm.engine.params import SamplingParams
@@ -55,7 +56,7 @@ class ChatRequest(SamplingFields, ConversationFields, StructuredFields):
             ApiError: 400.
         """
         super().check(max_n)
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs is only allowed with logprobs: true", param="top_logprobs")
 
 
@@ -124,8 +125,7 @@ async def prepared(body: ChatRequest, served: Served, settings: Settings) -> Cha
         ApiError: 400.
     """
     body.check(settings.max_n)
-    plan = tool_plan(body.tools, body.tool_choice, body.parallel_tool_calls)
-    grammar = body.grammar()
+    plan, grammar = await _restrictions(body)
     if plan.forced is not None and body.structured_outputs is not None:
         message = "structured_outputs and a tool_choice that forces a call exclude each other"
         raise ApiError(400, message, param="structured_outputs")
@@ -158,6 +158,8 @@ async def prepared(body: ChatRequest, served: Served, settings: Settings) -> Cha
         shown=reading.shown(),
         banned=_banned(plan, tokenizer),
     )
+    if plan.forced is not None:  # a stop string inside its JSON would cut the call
+        params = [replace(one, stop=()) for one in params]
     try:
         runtime.engine.check(prompt.ids, params[0])
     except UserError as e:
@@ -172,6 +174,18 @@ async def prepared(body: ChatRequest, served: Served, settings: Settings) -> Cha
         "model": body.model or served.name,
     }
     return ChatJob(served, prompt.ids, params, reading, settings.reasoning_field, body.logprobs, head)
+
+
+async def _restrictions(body: ChatRequest) -> tuple[ToolPlan, Grammar | None]:
+    """What tools and formats demand of the answer; large schemas take a while to check."""
+
+    def both() -> tuple[ToolPlan, Grammar | None]:
+        return tool_plan(body.tools, body.tool_choice, body.parallel_tool_calls), body.grammar()
+
+    try:
+        return await limited(SECONDS, both)
+    except TookTooLong:
+        raise ApiError(400, f"the schemas take longer than {SECONDS:g} s to check", param="tools") from None
 
 
 def _stop_tokens(body: ChatRequest, tokenizer: Tokenizer) -> list[int]:

@@ -187,7 +187,7 @@ async def completions(request: Request) -> Any:
         add_special_tokens=body.add_special_tokens,
         keep=body.truncate_prompt_tokens,
     )
-    grammar = body.grammar()
+    grammar = await asyncio.to_thread(body.grammar)
     constraint = None if grammar is None else await compiled(served.runtime, grammar, None)
     each, params = _requests(body, served, prompts, constraint)
     choices = await asyncio.to_thread(_choices, body, tokenizer_of(engine), prompts)

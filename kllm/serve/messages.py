@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from kllm.serve.body import MAX_DEPTH, nesting
 from kllm.serve.errors import ApiError, shown
 
 MAX_MESSAGES = 2048
@@ -91,7 +92,7 @@ def _assistant(message: dict[str, Any], out: dict[str, Any], at: str) -> bool:
         raise ApiError(400, f"tool_calls must be a list, not {shown(calls)}", param=f"{at}.tool_calls")
     if calls:
         out["tool_calls"] = [_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    return bool(calls) or "reasoning_content" in out
+    return bool(calls) or "reasoning_content" in out or isinstance(message.get("refusal"), str)
 
 
 def _content(content: Any, at: str, silent: bool) -> str:
@@ -140,6 +141,8 @@ def _arguments(arguments: Any, at: str) -> Any:
     if isinstance(arguments, dict):
         return arguments
     text = _string(arguments, at)
+    if nesting(text.encode("utf-8", "replace")) > MAX_DEPTH:
+        raise ApiError(400, f"arguments are nested deeper than {MAX_DEPTH}", param=at)
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -35,6 +35,7 @@ _DEFAULT_HEADERS = (
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"cache-control", b"no-store"),
 )
+_ABSOLUTE = re.compile(r"https?://[^/]*", re.IGNORECASE)
 _DRAINED, _DRAIN_SECONDS = 128 << 20, 5.0
 _QUIET = ("/health", "/metrics", "/web/render")  # asked for every few seconds, or ten times a second
 _ALWAYS_UP = ("/health", "/metrics", "/version")
@@ -53,6 +54,8 @@ class Frame:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if absolute := _ABSOLUTE.match(scope["path"]):  # RFC 9112, 3.2.2: a proxy's way to ask
+            scope = {**scope, "path": scope["path"][absolute.end() :] or "/", "raw_path": b""}
         given = header(scope, b"x-request-id") or ""
         number = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = number

@@ -33,7 +33,8 @@ async def health(request: Request) -> Response:
     status = request.app.state.registry.status
     if status == "ok":
         return JSONResponse({"status": "ok"})
-    error = ApiError(503, f"The server is not open: {status}.", code=status, headers={"Retry-After": "2"})
+    headers = {"Retry-After": "2"} | ({"Connection": "close"} if status == "draining" else {})
+    error = ApiError(503, f"The server is not open: {status}.", code=status, headers=headers)
     return JSONResponse({"status": status, **error.body()}, 503, error.headers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ _RESERVED = {
     "add_generation_prompt",
     "continue_final_message",
     "conversation",
+    "conversations",
     "chat_template",
     "template",
     "self",
@@ -99,13 +101,12 @@ async def rendered(body: ConversationFields, runtime: EngineRuntime, settings: S
         message = "add_generation_prompt and continue_final_message exclude each other"
         raise ApiError(400, message, param="continue_final_message")
     messages = checked_messages(body.messages)
-    checked_tools(body.tools)
     last = messages[-1]
     if body.continue_final_message and (last["role"] != "assistant" or "tool_calls" in last):
         message = "continue_final_message needs an assistant's text as the last message"
         raise ApiError(400, message, param="continue_final_message")
     if body.truncate_prompt_tokens is None:
-        _check_length(messages, runtime.max_context)
+        _check_length(body, messages, runtime.max_context)
     encoder = _encoder(runtime.encoder)
     try:
         return await limited(SECONDS, _render, body, messages, encoder, settings)
@@ -123,9 +124,11 @@ def _encoder(encoder: ChatEncoder | None) -> ChatEncoder:
     return encoder
 
 
-def _check_length(messages: Sequence[dict[str, Any]], context: int) -> None:
+def _check_length(body: ConversationFields, messages: Sequence[dict[str, Any]], context: int) -> None:
     """Refuses text that cannot fit before time is spent on it."""
     chars = sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
+    calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+    chars += sum(len(json.dumps(given)) for given in (calls, body.tools) if given)
     if chars > _CHARS_PER_TOKEN * context:
         raise context_error(context, max(chars // _CHARS_PER_TOKEN, context + 1))
 
@@ -134,6 +137,7 @@ def _render(
     body: ConversationFields, messages: list[dict[str, Any]], encoder: ChatEncoder, settings: Settings
 ) -> Prompt:
     tokenizer = encoder.tokenizer
+    checked_tools(body.tools)
     if body.chat_template is not None:
         encoder = _own_template(body.chat_template, tokenizer, settings)
     tools = body.tools or None
@@ -168,4 +172,7 @@ def _open_end(ids: list[int], encoder: ChatEncoder) -> list[int]:
         end -= 1
     while end and ids[end - 1] in special:
         end -= 1
+    if not end:
+        message = "this model's chat template does not show where a message ends"
+        raise ApiError(400, message, param="continue_final_message")
     return ids[:end]

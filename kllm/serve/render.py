@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
@@ -11,7 +12,10 @@ from starlette.responses import JSONResponse
 from kllm.serve.body import parsed
 from kllm.serve.fields import Text
 from kllm.serve.openapi import described
-from kllm.serve.prompt import ConversationFields, rendered
+from kllm.serve.prompt import ConversationFields, Prompt, rendered
+
+if TYPE_CHECKING:
+    from kllm.serve.registry import Served
 
 router = APIRouter()
 
@@ -44,7 +48,12 @@ async def render(request: Request) -> Any:
     body = await parsed(request, RenderRequest)
     served = request.app.state.registry.get(body.model)
     prompt = await rendered(body, served.runtime, request.app.state.settings)
+    return await asyncio.to_thread(_answer, body, served, prompt)
+
+
+def _answer(body: RenderRequest, served: Served, prompt: Prompt) -> JSONResponse:
     tokenizer = served.runtime.tokenizer
+    assert tokenizer is not None  # it rendered the prompt
     return JSONResponse(
         {
             "model": body.model or served.name,

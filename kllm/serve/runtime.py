@@ -263,7 +263,8 @@ class EngineRuntime:
 
 def dead_error() -> ApiError:
     """503: only a restart helps."""
-    return ApiError(503, "The engine has stopped after an error.", code="engine_dead")
+    headers = {"Retry-After": "5"}
+    return ApiError(503, "The engine has stopped after an error.", code="engine_dead", headers=headers)
 
 
 def draining_error() -> ApiError:

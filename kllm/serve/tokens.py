@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, FailFast, Field
 from starlette.responses import JSONResponse
 
 from kllm.serve.body import parsed
@@ -48,7 +48,7 @@ class DetokenizeRequest(Fields):
     """Tokens to be turned into text."""
 
     model: Text | None = Field(None, description="A name from /v1/models; the first one if absent.")
-    tokens: list[Annotated[Integer, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[Integer, Field(ge=0)]], FailFast()]
 
 
 class DetokenizeAnswer(BaseModel):

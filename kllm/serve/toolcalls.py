@@ -17,6 +17,7 @@ from collections.abc import Callable
 from kllm.serve.parts import Mark, Part
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
+_LONE = re.compile("[\ud800-\udfff]")  # half a character, which a model may spell in an escape
 _ALPHABET = string.ascii_letters + string.digits
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 _SIGNIFICANT = re.compile(r'["{}\[\]]')
@@ -40,7 +41,8 @@ def read_call(text: str) -> tuple[str, str] | None:
         name = call.get("name")
         if not (isinstance(name, str) and name and isinstance(arguments, (dict, type(None)))):
             return None
-        return name, json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)
+        written = json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)
+        return _LONE.sub("\ufffd", name), _LONE.sub("\ufffd", written)
     except (ValueError, RecursionError):
         return None
 

@@ -9,8 +9,10 @@ never merges with its content, and a prompt's ids are exactly the start of the t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +26,7 @@ from kllm.tokenizer.tokenizer import Tokenizer
 __all__ = ["DEFAULT_TEMPLATE", "ChatEncoder", "Encoded", "render"]
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+_FRAMES = 64  # sets of template variables whose turn frame is remembered
 _CACHED_CHARS = 48  # headers and separators; longer pieces rarely repeat
 
 Messages = Sequence[Mapping[str, Any]]
@@ -72,13 +75,13 @@ class ChatEncoder:
         self._neutraliser = Neutraliser(tokenizer.control_tokens, tokenizer.special_tokens)
         self._tagged = _GENERATION.search(template) is not None
         self._cache: dict[str, list[int]] = {}
-        self._frames: dict[str, tuple[str, str] | None] = {}
+        self._frames: OrderedDict[bytes, tuple[str, str] | None] = OrderedDict()
 
-    def encode(self, messages: Messages, tools: Any = None, **kwargs: Any) -> Encoded:
+    def encode(self, messages: Messages, tools: Any = None, /, **kwargs: Any) -> Encoded:
         """Ids and mask of one conversation; see `encode_batch`."""
         return self.encode_batch([(messages, tools)], **kwargs)[0]
 
-    def encode_batch(self, conversations: Sequence[tuple[Messages, Any]], **kwargs: Any) -> list[Encoded]:
+    def encode_batch(self, conversations: Sequence[tuple[Messages, Any]], /, **kwargs: Any) -> list[Encoded]:
         """Ids and mask of (messages, tools) pairs, tokenised together.
 
         Args:
@@ -92,7 +95,7 @@ class ChatEncoder:
         split = [self._pieces(messages, tools, False, kwargs) for messages, tools in conversations]
         return self._tokenise(split)
 
-    def prompt(self, messages: Messages, tools: Any = None, **kwargs: Any) -> list[int]:
+    def prompt(self, messages: Messages, tools: Any = None, /, **kwargs: Any) -> list[int]:
         """Ids of a conversation up to the header of the answer to come."""
         return self._tokenise([self._pieces(messages, tools, True, kwargs)])[0].ids
 
@@ -196,9 +199,12 @@ class ChatEncoder:
     def _frame(self, variables: dict[str, Any]) -> tuple[str, str] | None:
         """(assistant header, end of turn) if the template has a fixed header with a control token in it."""
         given = {k: v for k, v in variables.items() if k != "tools"}
-        key = json.dumps(given, sort_keys=True, default=str)
+        text = json.dumps(given, sort_keys=True, default=str)
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass")).digest()
         if key not in self._frames:
             self._frames[key] = self._find_frame(given)
+            if len(self._frames) > _FRAMES:  # variables come from requests: there is no end of them
+                self._frames.popitem(last=False)
         return self._frames[key]
 
     def _find_frame(self, variables: dict[str, Any]) -> tuple[str, str] | None:

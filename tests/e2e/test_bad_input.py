@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -275,3 +276,21 @@ def test_really_full_disk(lab: Path, tmp_path: Path) -> None:
         assert not [p for p in small.rglob("*") if ".tmp-" in p.name]
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_ctrl_c_while_torch_is_imported_is_not_lost(tmp_path: Path) -> None:
+    """The exception would vanish in torch's C code: a module that it imports plays the signal's part."""
+    code = """
+import importlib.abc, os, signal, sys
+class Pressed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.version":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Pressed())
+from kllm.cli.app import main
+main(["chat", "nowhere", "-p", "x"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
