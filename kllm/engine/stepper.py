@@ -73,6 +73,7 @@ class Stepper:
         self.vocab, self.device = vocab, device
         self.computed_tokens = self.generation_tokens = 0
         self._settings: tuple[list[int], RowSettings] | None = None
+        self._no_noise = torch.empty(0, dtype=torch.int64)
 
     def step(self) -> list[Event]:
         """Computes what the scheduler chose; events of the requests that got tokens."""
@@ -156,8 +157,11 @@ class Stepper:
         requests = [r for r, part, _ in drawing for _ in range(len(part))]
         numbers = [r.drawn + i for r, part, _ in drawing for i in range(len(part))]
         raw = self.model.logits(hidden).float()
-        states = streams([r.seed for r in requests], numbers)
-        drawn = sample(adjust(raw, requests), self._row_settings(requests), states).tolist()
+        settings = self._row_settings(requests)
+        states = self._no_noise
+        if len(settings.sampled):
+            states = streams([r.seed for r in requests], numbers)
+        drawn = sample(adjust(raw, requests), settings, states).tolist()
         logprobs = self._logprobs(raw, requests, drawn)
         events, at = [], 0
         for request, part, guesses in drawing:
