@@ -15,7 +15,7 @@ from kllm.errors import UserError
 _JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout, for scripts.")]
 _MODEL = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Run, stage, checkpoint, folder, .pth, .gguf or hub id."),
+    typer.Argument(metavar="[MODEL]", help="Run, stage, checkpoint, folder, .pth, .gguf or hub id."),
 ]
 _LIST = "separated by commas"
 
@@ -40,7 +40,8 @@ _GENERATE: tuple[tuple[str, Any, Any], ...] = (
     (
         "peers",
         Annotated[
-            str, _flag("transformers, llama.cpp, both by a comma, or none. [default: both]", "NAME,...")
+            str,
+            _flag(f"Others, {_LIST}, or none. [default: transformers,llama.cpp]", "NAME,..."),
         ],
         "transformers,llama.cpp",
     ),
@@ -96,7 +97,9 @@ _SERVE: tuple[tuple[str, Any, Any], ...] = (
     ("name", Annotated[str | None, _flag("The model's name there. [default: the first]", "NAME")], None),
     (
         "endpoint",
-        Annotated[Literal["completions", "chat"], _flag("completions or chat. [default: completions]")],
+        Annotated[
+            Literal["completions", "chat"], _flag("What is asked. [default: completions]", "completions|chat")
+        ],
         "completions",
     ),
     ("streams", Annotated[int, _flag("Readers at once. [default: 16]", "N")], 16),
@@ -110,7 +113,7 @@ _SERVE: tuple[tuple[str, Any, Any], ...] = (
     ("ignore_eos", Annotated[bool, _flag("Answers of full length.", None, "--ignore-eos")], False),
     (
         "option",
-        Annotated[list[str] | None, _flag("A further word for `kllm serve`; repeat for several.", "WORD")],
+        Annotated[list[str] | None, _flag("A further word for `kllm serve`; may be repeated.", "WORD")],
         None,
     ),
     ("seed", Annotated[int, _flag("Of the requests and the readers.", "N")], 0),

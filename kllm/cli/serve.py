@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -15,6 +17,8 @@ from kllm.errors import UserError
 
 _ACCESS, _LIMITS, _MODEL = "Access", "Limits", "Model and memory"
 _Texts = list[str] | None
+_CHECKS: dict[str, Callable[[str], Any]] = {}
+_LEAST_BODY = 1 << 10
 
 _MODELS = Annotated[
     list[str],
@@ -32,55 +36,132 @@ def _row(
     help: str,
     metavar: str | None = None,
     shown: str | None = None,
-    **limits: Any,
+    least: float | None = None,
+    most: float | None = None,
 ) -> tuple[str, Any, Any]:
-    """A parameter: the flag --name, with choices and default on the help page."""
+    """A parameter: the flag --name, with choices and default on the help page.
+
+    Numbers and choices arrive as text and are read by `_checked`, whose refusals are like the schema's.
+    """
     if get_origin(kind) is Literal:
         metavar = "|".join(get_args(kind))
+        _CHECKS[name] = partial(_choice, name, known=get_args(kind))
+    elif kind in (int, float):
+        _CHECKS[name] = partial(_number, name, kind=kind, least=least, most=most)
     if shown is None and default not in (None, False):
         shown = str(default)
     flag = "--" + name.replace("_", "-")
     option = typer.Option(
-        flag, metavar=metavar, help=help, rich_help_panel=panel, show_default=shown or False, **limits
+        flag, metavar=metavar, help=help, rich_help_panel=panel, show_default=shown or False
     )
+    if name in _CHECKS:
+        kind, default = str, None if default is None else str(default)
     optional = kind if kind is bool or default is not None else kind | None
     return name, Annotated[optional, option], default
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with numbers for texts of numbers.
+
+    Raises:
+        UserError: no number, out of its range, an unknown choice.
+    """
+    return {
+        name: _CHECKS[name](value) if name in _CHECKS and isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def _choice(name: str, text: str, known: tuple[str, ...]) -> str:
+    if text not in known:
+        raise UserError(f"must be one of {', '.join(known)}, got {text!r}", where=_named(name))
+    return text
+
+
+def _number(
+    name: str, text: str, kind: type[int] | type[float], least: float | None, most: float | None
+) -> int | float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if kind is float:
+        if not (least or 0) <= number <= (most or math.inf):
+            raise UserError(f"must be a number from {least:g} to {most:g}, got {text}", where=_named(name))
+    elif math.isnan(number):
+        raise UserError(f"expected a whole number, got {text!r}", where=_named(name))
+    elif least is not None and number < least:
+        raise UserError(f"must be at least {least}, got {text!r}", where=_named(name))
+    elif most is not None and number > most:
+        raise UserError(f"must be at most {most}, got {text!r}", where=_named(name))
+    return number
+
+
+def _named(name: str) -> str:
+    return f"flag --{name.replace('_', '-')}"
 
 
 _PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
     ("models", _MODELS, inspect.Parameter.empty),
     _row("host", str, "127.0.0.1", EVERYDAY, "Where to listen.", "ADDRESS"),
-    _row("port", int, 8000, EVERYDAY, "0 takes a free one.", "N", min=0, max=65535),
+    _row("port", int, 8000, EVERYDAY, "Port to listen on; 0 takes a free one.", "N", least=0, most=65535),
     _row(
-        "adapter", _Texts, None, EVERYDAY, "The first model with this LoRA, under a name; repeat.", "NAME=DIR"
+        "adapter",
+        _Texts,
+        None,
+        EVERYDAY,
+        "A LoRA on the first model, served as NAME; may be repeated.",
+        "NAME=DIR",
     ),
-    _row("device", str, "auto", EVERYDAY, "auto, cpu, cuda, cuda:1, mps.", "NAME"),
+    _row("device", str, "auto", EVERYDAY, "Where to compute: auto, cpu, cuda, cuda:1, mps.", "NAME"),
     _row("quant", Literal["none", "int8", "int4"], "none", EVERYDAY, "Weights in fewer bits."),
-    _row("api_key", _Texts, None, _ACCESS, "Ask for this key; repeat. Others see it in `ps`.", "KEY"),
-    _row("api_key_file", Path, None, _ACCESS, "Keys, one a line. KLLM_API_KEY holds them too.", "FILE"),
-    _row("cors", _Texts, None, _ACCESS, "Web pages that may call; repeat. * is all.", "ORIGIN"),
-    _row("allowed_hosts", _Texts, None, _ACCESS, "Names this server goes by; repeat.", "NAME"),
+    _row(
+        "api_key",
+        _Texts,
+        None,
+        _ACCESS,
+        "A key that requests need; may be repeated. Visible in ps; prefer --api-key-file.",
+        "KEY",
+    ),
+    _row(
+        "api_key_file", Path, None, _ACCESS, "File of keys, one a line. KLLM_API_KEY holds them too.", "FILE"
+    ),
+    _row("cors", _Texts, None, _ACCESS, "Web pages that may call; may be repeated. * is all.", "ORIGIN"),
+    _row("allowed_hosts", _Texts, None, _ACCESS, "Names this server goes by; may be repeated.", "NAME"),
     _row("metrics_public", bool, False, _ACCESS, "/metrics needs no key."),
-    _row("log_requests", bool, False, _ACCESS, "Prompts go to the log."),
+    _row("log_requests", bool, False, _ACCESS, "Write prompts to the log."),
     _row("allow_request_template", bool, False, _ACCESS, "A request may bring its chat template."),
-    _row("max_running", int, 64, _LIMITS, "Answers at once.", "N", min=1),
-    _row("max_queue", int, 256, _LIMITS, "Waiting ones; beyond it 429.", "N", min=0),
-    _row("max_n", int, 16, _LIMITS, "Choices of one request.", "N", min=1),
-    _row("max_body", str, "2MiB", _LIMITS, "Largest request.", "SIZE"),
-    _row("request_timeout", str, None, _LIMITS, "For a whole answer.", "TIME", "none"),
-    _row("queue_timeout", str, None, _LIMITS, "For waiting.", "TIME", "none"),
-    _row("drain", str, "30s", _LIMITS, "For what runs, after SIGTERM.", "TIME"),
+    _row("max_running", int, 64, _LIMITS, "Answers computed at once.", "N", least=1),
+    _row("max_queue", int, 256, _LIMITS, "Requests that may wait; beyond it 429.", "N", least=0),
+    _row("max_n", int, 16, _LIMITS, "Largest n (choices) of a request.", "N", least=1),
+    _row("max_body", str, "2MiB", _LIMITS, "Largest body of a request, e.g. 8MiB.", "SIZE"),
+    _row("request_timeout", str, None, _LIMITS, "Time for a whole answer, e.g. 10m.", "TIME", "none"),
+    _row("queue_timeout", str, None, _LIMITS, "Time in the queue, e.g. 30s.", "TIME", "none"),
+    _row("drain", str, "30s", _LIMITS, "Time for running answers after SIGTERM or Ctrl-C.", "TIME"),
     _row("exit_on_error", bool, False, _LIMITS, "Exit 1 when the engine is dead."),
     _row("dtype", Literal["auto", "float32", "bfloat16"], "auto", _MODEL, "Numbers to compute with."),
-    _row("max_context", int, None, _MODEL, "Tokens of a request.", "N", "the model's", min=2),
-    _row("kv_memory", str, "512MiB", _MODEL, "For keys and values.", "SIZE"),
-    _row("kv_dtype", Literal["auto", "int8", "int4"], "auto", _MODEL, "Of keys and values."),
-    _row("prefill_chunk", int, None, _MODEL, "Prompt tokens per step.", "N", "fits", min=16),
+    _row(
+        "max_context",
+        int,
+        None,
+        _MODEL,
+        "Most tokens of a prompt and its answer.",
+        "N",
+        "the model's",
+        least=2,
+    ),
+    _row("kv_memory", str, "512MiB", _MODEL, "Memory for keys and values, e.g. 4GiB.", "SIZE"),
+    _row("kv_dtype", Literal["auto", "int8", "int4"], "auto", _MODEL, "Numbers of keys and values."),
+    _row("prefill_chunk", int, None, _MODEL, "Prompt tokens per step.", "N", "fits", least=16),
     _row("no_prefix_cache", bool, False, _MODEL, "Compute every prompt anew."),
     _row("rope_scaling", Literal["yarn", "linear"], None, _MODEL, "Stretch the positions by --factor."),
-    _row("factor", float, None, _MODEL, "How far to stretch.", "X", min=1),
-    _row("speculate", int, 0, _MODEL, "Tokens to guess ahead; 0 is off.", "N", min=0, max=32),
-    _row("draft", str, None, _MODEL, "A smaller model that guesses.", "MODEL"),
+    _row(
+        "factor", float, None, _MODEL, "How many times to stretch them, 1 to 1024.", "X", least=1, most=1024
+    ),
+    _row(
+        "speculate", int, 0, _MODEL, "Tokens to guess ahead; 0 is off, 4 with --draft.", "N", least=0, most=32
+    ),
+    _row("draft", str, None, _MODEL, "A smaller model with the same tokenizer that guesses.", "MODEL"),
     _row(
         "reasoning_field",
         Literal["reasoning_content", "reasoning", "none"],
@@ -88,7 +169,7 @@ _PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
         _MODEL,
         "Where thinking goes; none leaves it in the text.",
     ),
-    _row("pooling", Literal["mean", "last"], "mean", _MODEL, "Of embeddings."),
+    _row("pooling", Literal["mean", "last"], "mean", _MODEL, "How embeddings are pooled."),
 )
 _LOADING = (
     "device", "dtype", "quant", "max_context", "kv_dtype", "prefill_chunk", "rope_scaling", "factor",
@@ -112,8 +193,11 @@ def build_serve() -> Callable[..., Any]:
             raise UserError(
                 "--rope-scaling and --factor belong together", hint="--rope-scaling yarn --factor 4"
             )
+        values = _checked(values)
         keys = api_keys(values["api_key"] or [], values["api_key_file"], os.environ.get("KLLM_API_KEY"))
         sizes = {name: _bytes(name, values[name]) for name in ("max_body", "kv_memory")}
+        if sizes["max_body"] < _LEAST_BODY:
+            raise UserError(f"must be at least 1KiB, got {values['max_body']!r}", where="flag --max-body")
         from kllm.serve.loading import LoadOptions, sources_of
         from kllm.serve.main import serve
         from kllm.serve.middleware import digests
@@ -188,7 +272,7 @@ def _seconds(name: str, text: str | None) -> float | None:
 
 
 def _parsed(name: str, text: str, parse: Callable[[Any], Any]) -> Any:
-    where = f"flag --{name.replace('_', '-')}"
+    where = _named(name)
     try:
         value = parse(text)
     except ValueError as error:

@@ -128,16 +128,20 @@ def parse_duration(value: Any) -> Any:
     """Seconds from `90`, `90s`, `30m`, `1.5h`, `1h30m`, `2d` or `250ms`."""
     if isinstance(value, bool):
         raise ValueError(f"expected a time like 30m, got {str(value).lower()}")
-    if not isinstance(value, str):
+    if not isinstance(value, (str, float)):
         return value
-    text = value.strip().lower().replace(" ", "")
+    text = str(value).strip().lower().replace(" ", "")
     pieces = _DURATION_PIECE.findall(text)
-    if pieces and "".join(a + b for a, b in pieces) == text:
-        return sum(float(amount) * _TIME_UNITS[unit] for amount, unit in pieces)
     try:
-        return float(text)
+        if pieces and "".join(a + b for a, b in pieces) == text:
+            seconds = sum(float(amount) * _TIME_UNITS[unit] for amount, unit in pieces)
+        else:
+            seconds = float(text)
     except ValueError:
-        raise ValueError(f"expected a time like 90s, 30m or 1h30m, got {value!r}") from None
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"expected a time like 90s, 30m or 1h30m, got {value!r}")
+    return seconds
 
 
 def parse_float(value: Any) -> Any:

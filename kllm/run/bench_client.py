@@ -7,6 +7,7 @@ leaving in the middle, not reading for a while, the moment at which bytes arrive
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 import ssl
@@ -30,6 +31,12 @@ class Target:
     base: str = ""
     tls: bool = False
     key: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Without `/v1`."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.base}"
 
     @classmethod
     def parse(cls, url: str, key: str | None = None) -> Target:
@@ -218,6 +225,9 @@ async def fetch(
         async with Connection(target, method, path, body, patience=timeout) as answer:
             return answer.status, b"".join([piece async for piece in answer.pieces()])
     except (OSError, EOFError) as error:
+        # asyncio wraps the refusals of a name with several addresses into a plain OSError
+        if isinstance(error, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(error):
+            raise KllmError("connection refused", target.url, "is the server running?") from None
         why = str(error) or type(error).__name__
         raise KllmError(f"no answer: {why}", where=f"{target.host}:{target.port}{path}") from None
 

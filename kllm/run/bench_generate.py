@@ -92,7 +92,9 @@ def bench_generate(job: GenerateBench, say: Say = lambda line: None) -> dict[str
 
 
 def _check(job: GenerateBench) -> None:
-    if (job.model is None) == (job.preset is None):
+    if job.model is not None and job.preset is not None:
+        raise UserError("MODEL and --preset exclude each other")
+    if job.model is None and job.preset is None:
         raise UserError("name a model, or --preset NAME for random weights")
     counts = [("streams", s) for s in job.streams] + [
         (name, getattr(job, name)) for name in ("prompt_tokens", "new_tokens", "rounds", "threads")
@@ -106,6 +108,18 @@ def _check(job: GenerateBench) -> None:
                 raise UserError(f"unknown: {value!r}", f"flag --{name}", f"known: {', '.join(known)}")
     if not (job.weights and job.streams):
         raise UserError("nothing to measure", hint="--weights fp32 --streams 1")
+    if job.text is not None:
+        _check_text(job.text)
+
+
+def _check_text(where: str) -> None:
+    """Texts are read at the end; that there are any is known before the work begins."""
+    try:
+        found = next(texts_of(where), None)
+    except UserError as error:
+        raise UserError(str(error), where="flag --text") from None
+    if found is None:
+        raise UserError(f"no text in {where}", where="flag --text")
 
 
 def _model(job: GenerateBench, say: Say) -> tuple[Transformer, Tokenizer | None, str]:

@@ -117,7 +117,9 @@ def bench_serve(job: ServeBench, say: Say = lambda line: None) -> dict[str, Any]
 
 
 def _check(job: ServeBench) -> None:
-    if (job.model is None) == (job.url is None):
+    if job.model is not None and job.url is not None:
+        raise UserError("MODEL and --url exclude each other")
+    if job.model is None and job.url is None:
         raise UserError("name a model to serve, or --url of a server")
     if job.endpoint not in ENDPOINTS:
         raise UserError(f"unknown: {job.endpoint!r}", "flag --endpoint", f"known: {', '.join(ENDPOINTS)}")

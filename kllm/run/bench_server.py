@@ -16,10 +16,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kllm.errors import KllmError
+from kllm.errors import EXIT_USAGE, KllmError, UserError
 from kllm.run.bench_client import Target, fetch
 
 _URL = re.compile(r"https?://([\w.\-]+|\[[0-9a-fA-F:]+\]):([1-9]\d*)")
+
+_REFUSALS = {
+    401: ("the server wants a key", "--api-key KEY"),
+    403: ("the server wants another key", "--api-key KEY"),
+    404: ("no OpenAI server", "GET /v1/models: 404"),
+    503: ("the model is still being loaded", "try again"),
+}  # what /v1/models answers, in words and a hint
 
 
 class OwnServer:
@@ -31,7 +38,8 @@ class OwnServer:
         patience: seconds until it must answer.
 
     Raises:
-        KllmError: it ends at once or does not answer, with its last words.
+        KllmError: it ends at once (its own error, with its exit code) or does not answer, with its last
+            words.
     """
 
     def __init__(self, model: str, options: Sequence[str] = (), patience: float = 180.0) -> None:
@@ -86,8 +94,13 @@ class OwnServer:
                 if asyncio.run(_healthy(Target.parse(url))):
                     return url
             time.sleep(0.1)
+        code = self._child.poll()
+        errors = [line[7:] for line in self.output().splitlines() if line.startswith("error: ")]
+        if code and errors:
+            failure = UserError(errors[-1]) if code == EXIT_USAGE else KllmError(errors[-1])
+            raise failure
         lines = [line for line in self.output().splitlines() if line.strip()] or ["without a word"]
-        what = "ended" if self._child.poll() is not None else "does not answer"
+        what = "ended" if code is not None else "does not answer"
         raise KllmError(f"the server {what}: {lines[-1][-300:]}", where=" ".join(self._command[2:5]))
 
 
@@ -102,13 +115,16 @@ async def first_model(target: Target) -> str:
     """The name of the first model that the server lists.
 
     Raises:
-        KllmError: it lists none.
+        KllmError: it lists none, wants a key, is still loading, or is none.
     """
     status, raw = await fetch(target, "GET", "/v1/models")
+    if status in _REFUSALS:
+        raise KllmError(_REFUSALS[status][0], target.url, _REFUSALS[status][1])
     try:
         return str(json.loads(raw)["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
-        raise KllmError(f"/v1/models names no model (status {status})", hint="--name NAME") from None
+        what = f"/v1/models names no model (status {status})"
+        raise KllmError(what, target.url, "--name NAME") from None
 
 
 async def gauges(target: Target) -> dict[str, Any]:

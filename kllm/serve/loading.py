@@ -8,12 +8,12 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kllm.errors import UserError
+from kllm.errors import KllmError, UserError
 from kllm.serve.errors import ApiError
 from kllm.serve.ops import kllm_version
 from kllm.serve.registry import Registry, Served
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     import torch
 
     from kllm.engine.engine import Engine
+    from kllm.model.presets import ModelShape
     from kllm.model.transformer import Transformer
     from kllm.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
 _NAME = re.compile(r"[\w.@:+-]+(?:/[\w.@:+-]+)*")
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
+_OPTIONS = ("max_context", "prefill_chunk", "speculate", "kv_dtype", "kv_memory", "draft", "device", "dtype")
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -84,7 +87,7 @@ def sources_of(models: Sequence[str], adapters: Sequence[str] = ()) -> list[Sour
 
 def _source(text: str) -> Source:
     name, sign, path = text.partition("=")
-    if sign and path and "/" not in name and not Path(text).expanduser().exists():
+    if sign and path and _NAME.fullmatch(name) and not Path(text).expanduser().exists():
         return Source(name, path)
     return Source(default_name(text), text)
 
@@ -99,6 +102,43 @@ def default_name(path: str) -> str:
             return run.name
         return place.stem if place.is_file() else place.name
     return path.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
+def check(sources: Iterable[Source], options: LoadOptions) -> None:
+    """What can be seen to be wrong without torch and without the network.
+
+    Raises:
+        UserError: no such model, adapter, draft or device.
+    """
+    from kllm.export.hub import is_hub_id
+    from kllm.export.resolve import resolve
+
+    if not _DEVICE.fullmatch(options.device):
+        known = "auto, cpu, cuda, cuda:1, mps"
+        raise UserError(f"unknown device {options.device!r}", where="flag --device", hint=known)
+    for source in sources:
+        if Path(source.path).expanduser().exists() or not is_hub_id(source.path):
+            resolve(source.path)
+        if source.adapter is not None and not Path(source.adapter).exists():
+            raise UserError("no such adapter", where=f"flag --adapter {source.adapter}")
+    draft = options.draft
+    if draft is not None and (Path(draft).expanduser().exists() or not is_hub_id(draft)):
+        with _flags(options):
+            resolve(draft)
+
+
+@contextlib.contextmanager
+def _flags(options: LoadOptions, adapter: str | None = None) -> Iterator[None]:
+    """Errors in what a flag gave name the flag: `flag --draft nope: ...`."""
+    try:
+        yield
+    except KllmError as error:
+        place = (error.where or "").replace("-", "_")
+        if place in _OPTIONS:
+            error.where = f"flag --{place.replace('_', '-')}"
+        elif error.where is not None and error.where in (options.draft, adapter):
+            error.where = f"flag --{'draft' if adapter is None else 'adapter'} {error.where}"
+        raise
 
 
 def load_all(
@@ -141,13 +181,16 @@ def load_one(
     model, tokenizer = _model(source, place, options, say)
     encoder = _encoder(tokenizer, source)
     fingerprint = _fingerprint(model, options)
+    context = model.shape.max_position_embeddings
+    if options.max_context is not None and options.max_context > context:
+        say(f"warning: --max-context {options.max_context}: the model has {context:,}")
     numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
     engine = build_engine(model, tokenizer, options, settings, draft)
     runtime = EngineRuntime(engine, encoder=encoder, settings=settings, on_dead=on_dead)
     threading.Thread(target=_warm, args=(runtime,), name="grammars", daemon=True).start()
     size = f"{count_parameters(engine.shape):,} parameters, {numbers} on {engine.device}"
     lines = [f"{size}, context {engine.max_context:,}", engine.kv_line()]
-    lines += [line for line in [_kernels(engine)] if line]
+    lines += [line for line in [*_chosen(options), _kernels(engine)] if line]
     return Served(
         name=source.name,
         runtime=runtime,
@@ -175,20 +218,52 @@ def build_engine(
     """The engine as the options want it; it may take the model apart."""
     from kllm.engine.engine import Engine
 
-    return Engine(
-        model,
-        tokenizer,
-        max_batch=settings.max_running,
-        max_context=options.max_context,
-        kv_memory=options.kv_memory,
-        kv_dtype=options.kv_dtype,
-        prefill_chunk=options.prefill_chunk,
-        prefix_cache=options.prefix_cache,
-        weights="auto" if options.quant == "none" else options.quant,
-        speculate=options.speculate,
-        draft=draft,
-        owns_model=True,
+    dtype = model.head_weight.dtype
+    try:
+        with _flags(options):
+            return Engine(
+                model,
+                tokenizer,
+                max_batch=settings.max_running,
+                max_context=options.max_context,
+                kv_memory=options.kv_memory,
+                kv_dtype=options.kv_dtype,
+                prefill_chunk=options.prefill_chunk,
+                prefix_cache=options.prefix_cache,
+                weights="auto" if options.quant == "none" else options.quant,
+                speculate=options.speculate,
+                draft=draft,
+                owns_model=True,
+            )
+    except UserError as error:
+        if error.where != "flag --kv-memory":
+            raise
+        least = _least_memory(model.shape, options, dtype, draft is not None)
+        message = f"{options.kv_memory:,} bytes are too few, at least {least:,}"
+        raise UserError(message, where=error.where, hint="sizes like 512MiB") from None
+
+
+def _least_memory(shape: ModelShape, options: LoadOptions, dtype: torch.dtype, draft: bool) -> int:
+    """Bytes of keys and values below which the engine has no row at all."""
+    import torch
+
+    from kllm.engine.kvformat import kv_format
+    from kllm.engine.rows import Rows
+
+    longest = min(options.max_context or shape.max_position_embeddings, shape.max_position_embeddings)
+    rows = Rows(
+        shape.num_hidden_layers,
+        shape.num_key_value_heads,
+        kv_format(options.kv_dtype, shape.head_dim, dtype),
+        max_length=longest,
+        budget=0,
+        device=torch.device("cpu"),
     )
+    tokens = 1
+    while not rows.longest:
+        tokens *= 2
+        rows.budget = tokens * rows.token_bytes
+    return -(-rows.budget * 4 // 3) if draft else rows.budget  # the draft's have a quarter
 
 
 def _model(source: Source, place: Path, options: LoadOptions, say: Say) -> tuple[Transformer, Tokenizer]:
@@ -202,7 +277,8 @@ def _model(source: Source, place: Path, options: LoadOptions, say: Say) -> tuple
     if source.adapter is not None:
         from kllm.export.adapter import merge_adapter
 
-        merge_adapter(model, source.adapter)
+        with _flags(options, source.adapter):
+            merge_adapter(model, source.adapter)
     if options.rope_scaling is not None and options.factor is not None:
         model = stretched(model, options.rope_scaling, options.factor)
     return model.eval(), tokenizer
@@ -213,13 +289,15 @@ def _draft(options: LoadOptions) -> Transformer | None:
         return None
     from kllm.export.load import load_model
 
-    return load_model(options.draft, *_device(options), tokenizer=False)[0].eval()
+    with _flags(options):
+        return load_model(options.draft, *_device(options), tokenizer=False)[0].eval()
 
 
 def _device(options: LoadOptions) -> tuple[torch.device, torch.dtype]:
     from kllm.train.device import pick_device, pick_dtype
 
-    device = pick_device(options.device)
+    with _flags(options):
+        device = pick_device(options.device)
     return device, pick_dtype(options.dtype, device)
 
 
@@ -260,6 +338,20 @@ def _encoder(tokenizer: Tokenizer, source: Source) -> Any:
         if tokenizer.chat_template is not None:
             raise UserError(error.message, where=f"{source.path}, chat template", hint=error.hint) from None
         return None
+
+
+def _chosen(options: LoadOptions) -> Iterator[str]:
+    """What was asked for beyond the usual, in words."""
+    if options.kv_dtype != "auto":
+        yield f"keys and values in {options.kv_dtype}"
+    if options.rope_scaling is not None and options.factor is not None:
+        kind = {"yarn": "YaRN"}.get(options.rope_scaling, options.rope_scaling)
+        yield f"positions stretched {options.factor:g} times ({kind})"
+    if options.draft is not None:
+        yield f"guesses {options.speculate or 4} tokens ahead with {options.draft}"
+    elif options.speculate:
+        plural = "" if options.speculate == 1 else "s"
+        yield f"guesses {options.speculate} token{plural} ahead from the text so far"
 
 
 def _kernels(engine: Engine) -> str:

@@ -21,7 +21,7 @@ from types import FrameType
 import uvicorn
 
 from kllm.errors import EXIT_FAILURE, EXIT_OK, KllmError, UserError
-from kllm.serve.loading import LoadOptions, Source, load_all
+from kllm.serve.loading import LoadOptions, Source, check, load_all
 from kllm.serve.protocol import Protocol
 from kllm.serve.registry import Registry
 from kllm.serve.runtime import draining_error
@@ -66,7 +66,8 @@ class Server(uvicorn.Server):
         assert self.loop is not None
         waiting = sum(one.runtime.in_flight for one in self.registry)
         if waiting:
-            log.info("draining: %d requests, at most %g s", waiting, self.drain)
+            what = "1 request" if waiting == 1 else f"{waiting} requests"
+            log.info("finishing %s, at most %g s; Ctrl-C again stops now", what, self.drain)
         self.loop.call_later(self.drain, self.registry.abort, draining_error())
 
 
@@ -82,18 +83,17 @@ def serve(
 
     Args:
         say: is told what is loaded and what to beware of, a line each.
-        ready: is told the URL when the port is open.
+        ready: is told the URL when all models are loaded.
 
     Raises:
         UserError, KllmError: the port cannot be had, a model cannot be loaded.
     """
     _log_to_stderr()
+    check(sources, options)
     # Before uvicorn has its handlers and after it: there is nothing to finish.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_OK))
     listener = bind(settings.host, settings.port)
     url = url_of(listener, settings.host)
-    if exposed(settings):
-        say(f"warning: whoever reaches {url} can use it; --api-key-file asks for a key")
     registry = Registry()
     server = _server(registry, settings)
     failures: list[BaseException] = []
@@ -107,13 +107,17 @@ def serve(
         began = time.perf_counter()
         try:
             load_all(sources, options, settings, registry, say=say, on_dead=died)
-            say(f"ready after {time.perf_counter() - began:.1f} s; Ctrl-C stops")
+            if registry.status != "draining":
+                say(f"ready after {time.perf_counter() - began:.1f} s; Ctrl-C stops")
+                ready(url)
         except BaseException as error:
             failures.append(error)
             server.leave()
 
     open_port(listener)
-    ready(url)
+    say(f"listening on {url}; loading")
+    if exposed(settings):
+        say(f"warning: whoever reaches {url} can use it; --api-key-file asks for a key")
     loader = threading.Thread(target=load, name="load", daemon=True)
     loader.start()
     server.run(sockets=[listener])

@@ -11,6 +11,7 @@ from kllm.serve.errors import ApiError, shown
 from kllm.serve.runtime import EngineRuntime, dead_error, draining_error
 
 Status = Literal["ok", "loading", "draining", "engine_dead"]
+_NAMED = 8  # models in a refusal
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Registry:
         self.check_open()
         found = next(iter(self), None) if name is None else self._models.get(name)
         if found is None:
-            message = f"The model {shown(name)} does not exist."
+            has = ", ".join([*self._models][:_NAMED]) + (", ..." if len(self._models) > _NAMED else "")
+            message = f"The model {shown(name)} does not exist; this server has: {has or 'none'}."
             raise ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
         return found
 

@@ -17,7 +17,7 @@ from kllm.cli import bench as cli
 from kllm.errors import KllmError, UserError
 from kllm.export import llamacpp
 from kllm.export.hf import save_model
-from kllm.run import bench, bench_generate, bench_quality
+from kllm.run import bench, bench_generate, bench_quality, bench_server
 from kllm.run.bench_client import Manners, Outcome, Target, read_stream
 from kllm.run.bench_generate import GenerateBench
 from kllm.run.bench_peers import Ours, Task, Transformers, same_share
@@ -96,6 +96,7 @@ def saved(tmp_path: Path, **changes: Any) -> str:
         ({"peers": ("vllm",)}, "flag --peers"),
         ({"preset": "k-tinny"}, None),
         ({"new_tokens": 5000}, None),
+        ({"text": "no-such-file.txt"}, "flag --text"),
     ],
 )
 def test_wrong_values_are_the_users_mistake(changes: dict[str, Any], where: str | None) -> None:
@@ -418,8 +419,36 @@ def test_gauges_are_added_up_over_models_and_absent_ones_are_none() -> None:
 
 
 def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
-    with pytest.raises(KllmError, match="the server ended: [^w]"), OwnServer(str(tmp_path / "nowhere")):
+    with pytest.raises(UserError, match="nowhere: no such") as caught, OwnServer(str(tmp_path / "nowhere")):
         pass
+    assert "the server" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "the server wants a key (--api-key KEY)"),
+        (404, "no OpenAI server (GET /v1/models: 404)"),
+        (503, "the model is still being loaded (try again)"),
+    ],
+)
+def test_a_server_that_cannot_be_used_says_why(
+    status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answer(*request: Any) -> tuple[int, bytes]:
+        return status, b"{}"
+
+    monkeypatch.setattr(bench_server, "fetch", answer)
+    with pytest.raises(KllmError) as caught:
+        bench_serve(ServeBench(url="http://h:80/v1"))
+    assert str(caught.value) == f"http://h:80: {words}"
+
+
+def test_nobody_there_is_one_line() -> None:
+    for host in ("127.0.0.1", "localhost"):
+        with pytest.raises(KllmError) as caught:
+            bench_serve(ServeBench(url=f"http://{host}:9"))
+        assert str(caught.value) == f"http://{host}:9: connection refused (is the server running?)"
 
 
 def test_the_command_ends_with_1_when_something_is_wrong() -> None:

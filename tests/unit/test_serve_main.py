@@ -48,6 +48,33 @@ def test_sizes_times_and_lists() -> None:
     for bad in ("much", "-5"):
         with pytest.raises(UserError, match="flag --max-body"):
             command._bytes("max_body", bad)
+    for bad in ("inf", "nan", "1e999", "-inf", "9" * 400 + "s"):
+        with pytest.raises(UserError, match="flag --drain: expected a time like 90s, 30m or 1h30m, got "):
+            command._seconds("drain", bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("factor", "inf", "flag --factor: must be a number from 1 to 1024, got inf"),
+        ("factor", "nan", "flag --factor: must be a number from 1 to 1024, got nan"),
+        ("factor", "1e12", "flag --factor: must be a number from 1 to 1024, got 1e12"),
+        ("factor", "far", "flag --factor: must be a number from 1 to 1024, got far"),
+        ("port", "70000", "flag --port: must be at most 65535, got '70000'"),
+        ("max_running", "0", "flag --max-running: must be at least 1, got '0'"),
+        ("speculate", "x", "flag --speculate: expected a whole number, got 'x'"),
+        ("quant", "fp4", "flag --quant: must be one of none, int8, int4, got 'fp4'"),
+    ],
+)
+def test_flags_out_of_range(name: str, text: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        command._checked({name: text})
+    assert str(caught.value) == words
+
+
+def test_flags_in_range() -> None:
+    given = {"port": "0", "factor": "1.5", "quant": "int8", "device": "cpu", "max_context": None}
+    assert command._checked(given) == {**given, "port": 0, "factor": 1.5}
 
 
 def test_a_taken_port_is_one_line() -> None:

@@ -20,6 +20,7 @@ from kllm.serve.errors import ApiError
 from kllm.serve.loading import (
     LoadOptions,
     Source,
+    check,
     default_name,
     generation_defaults,
     load_all,
@@ -44,6 +45,7 @@ def test_names_and_the_default() -> None:
         error = refusal(models, name)
         assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
         assert len(error.message) < 300
+    assert refusal(models, "x").message == 'The model "x" does not exist; this server has: base, tuned.'
 
 
 def test_the_status() -> None:
@@ -135,6 +137,57 @@ def test_loading(tiny: Path) -> None:
     assert any("parameters" in line for line in lines) and any("KV 1 MiB" in line for line in lines)
     assert one.fingerprint == models.get("two").fingerprint
     assert models.stop()
+
+
+def test_the_start_names_what_was_chosen(tiny: Path) -> None:
+    said: list[str] = []
+    options = {
+        "kv_dtype": "int8",
+        "rope_scaling": "yarn",
+        "factor": 2.0,
+        "speculate": 3,
+        "max_context": 10**6,
+    }
+    served = load_one(Source("m", str(tiny)), LoadOptions(**CPU, **options), Settings(), say=said.append)
+    assert "warning: --max-context 1000000: the model has 256" in said
+    for line in (
+        "keys and values in int8",
+        "positions stretched 2 times (YaRN)",
+        "guesses 3 tokens ahead from the text so far",
+    ):
+        assert line in served.lines
+    served = load_one(Source("m", str(tiny)), LoadOptions(**CPU, draft="x"), Settings())
+    assert "guesses 4 tokens ahead with x" in served.lines
+
+
+def test_too_little_memory_names_the_least(tiny: Path) -> None:
+    def load(memory: int) -> Served:
+        options = LoadOptions(device="cpu", kv_memory=memory)
+        return load_one(Source("m", str(tiny)), options, Settings())
+
+    with pytest.raises(
+        UserError, match=r"flag --kv-memory: 10 bytes are too few, at least [\d,]+ "
+    ) as caught:
+        load(10)
+    least = int(caught.value.message.rpartition(" ")[2].replace(",", ""))
+    assert load(least).max_model_len > 0
+    with pytest.raises(UserError):
+        load(least - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"draft": "nope"}, "flag --draft nope: no such"),
+        ({"device": "gpu"}, "flag --device: unknown device 'gpu'"),
+    ],
+)
+def test_what_is_seen_before_anything_is_loaded(tiny: Path, options: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check([Source("m", str(tiny))], LoadOptions(**options))
+    with pytest.raises(UserError, match="flag --adapter none: no such adapter"):
+        check([Source("m", str(tiny), adapter="none")], LoadOptions())
+    check([Source("m", str(tiny)), Source("far", "Some/Model")], LoadOptions(device="cuda:1"))
 
 
 def test_the_fingerprint_is_of_weights_and_options(tiny: Path, tmp_path: Path) -> None:
