@@ -1,10 +1,14 @@
-"""The real command line in a subprocess."""
+"""The real command line in a process of its own."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import select
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 KLLM = [sys.executable, "-m", "kllm"]
@@ -20,19 +24,36 @@ def environment() -> dict[str, str]:
     return env
 
 
+@functools.cache
+def _zygote() -> subprocess.Popen[str]:
+    """See zygote.py; it ends with us, when its stdin closes."""
+    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+    return subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
 def kllm(
     *args: str | Path, cwd: Path, check: bool = True, timeout: float = 180
 ) -> subprocess.CompletedProcess[str]:
     """Runs `kllm ARGS` and returns its completed process; output as text."""
-    result = subprocess.run(
-        [*KLLM, *map(str, args)],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
+    words = list(map(str, args))
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        out.touch()
+        err.touch()
+        job = {"args": words, "cwd": str(cwd), "env": environment(), "out": str(out), "err": str(err)}
+        zygote = _zygote()
+        assert zygote.stdin is not None and zygote.stdout is not None
+        zygote.stdin.write(json.dumps(job) + "\n")
+        zygote.stdin.flush()
+        if not select.select([zygote.stdout], [], [], timeout)[0]:
+            zygote.kill()
+            _zygote.cache_clear()
+            raise subprocess.TimeoutExpired(words, timeout, out.read_text(), err.read_text())
+        code = int(zygote.stdout.readline())
+        said = out.read_text("utf-8"), err.read_text("utf-8")
+    result = subprocess.CompletedProcess(words, code, *said)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

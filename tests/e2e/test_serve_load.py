@@ -66,7 +66,7 @@ def check(report: dict[str, Any], streams: int, pause: float = 0.0) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@pytest.mark.parametrize("endpoint", ["completions", pytest.param("chat", marks=pytest.mark.slow)])
 def test_every_ragged_stream_is_whole_and_what_it_is_alone(endpoint: str) -> None:
     job = ServeBench(
         url=server().url, endpoint=endpoint, streams=16, seconds=2.5, cases=12, max_tokens=120, disconnect=0.15,
