@@ -9,7 +9,9 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 KLLM = [sys.executable, "-m", "kllm"]
 TINY = [
@@ -24,10 +26,17 @@ def environment() -> dict[str, str]:
     return env
 
 
+def _hub(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name.startswith("HF_")}
+
+
+_HUB = _hub(os.environ)  # what the hub's library reads when it is imported
+
+
 @functools.cache
-def _zygote() -> subprocess.Popen[str]:
+def _zygote(*imported: str) -> subprocess.Popen[str]:
     """See zygote.py; it ends with us, when its stdin closes."""
-    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("zygote.py")), *imported]
     return subprocess.Popen(
         command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -42,8 +51,14 @@ def kllm(
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch()
         err.touch()
-        job = {"args": words, "cwd": str(cwd), "env": environment(), "out": str(out), "err": str(err)}
-        zygote = _zygote()
+        job: dict[str, Any] = {
+            "args": words,
+            "cwd": str(cwd),
+            "env": environment(),
+            "out": str(out),
+            "err": str(err),
+        }
+        zygote = _zygote("transformers") if _hub(job["env"]) == _HUB else _zygote()
         assert zygote.stdin is not None and zygote.stdout is not None
         zygote.stdin.write(json.dumps(job) + "\n")
         zygote.stdin.flush()
