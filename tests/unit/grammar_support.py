@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.tokenizer.train import train_tokenizer
 from tests.chat_support import TEXT
 
-DATA = Path("/work/shared/data")
+DATA = Path(os.environ.get("KLLM_DATA_KIT", Path(__file__).parents[3] / "shared" / "data"))
 REAL = {"minimind": DATA / "tokenizers/minimind", "stories260K": DATA / "models/stories260K"}
 PADDING = 40  # logits wider than the tokenizer
 
