@@ -15,7 +15,6 @@ A per-row low-rank term (LoRA beside a shared base) belongs into `decode_layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +32,6 @@ from kllm.model.transformer import MLP, Attention, Block, RMSNorm, Transformer
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = ("auto", *FLOATS, "int8", "int4")
 _TWICE_BYTES = 1 << 30  # larger models do not keep two layouts of every matrix
-
-
-class KVFormat(Protocol):
-    """How a cache stores keys and values [N, kv_heads, D]."""
-
-    def encode(self, t: Tensor) -> tuple[Tensor, ...]: ...
-
-    def decode(self, stored: tuple[Tensor, ...]) -> Tensor: ...
 
 
 class Prepared(nn.Module):
@@ -270,44 +261,10 @@ def prepare(
 
 
 class ScratchCache:
-    """Attention of exactly one sequence over itself, nothing stored: for embeddings and perplexity.
-
-    Args:
-        fmt: what a cache would do to keys and values: they are encoded and decoded once.
-    """
-
-    def __init__(self, fmt: KVFormat | None = None) -> None:
-        self.fmt = fmt
+    """Attention of exactly one sequence over itself, nothing stored: for embeddings."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, heads, D], k and v [T, kv_heads, D], one causal sequence from its start -> [T, heads * D]."""
-        if self.fmt is not None:
-            k, v = (self.fmt.decode(self.fmt.encode(t)) for t in (k, v))
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)
-
-
-@torch.inference_mode()
-def perplexity_cost(
-    prepared: Prepared, reference: Transformer, ids: Tensor, fmt: KVFormat | None = None
-) -> tuple[float, float]:
-    """What preparing cost in quality: perplexity of `reference` and of `prepared` on one text, ids int64 [T].
-
-    Logits are made 512 positions at a time.
-    """
-    ids = ids.to(prepared.device)
-    positions = torch.arange(len(ids), device=ids.device)
-    for model in (prepared, reference):
-        model.ensure_context(len(ids))
-    ours = prepared(ids, positions, ScratchCache(fmt))
-    theirs = reference(ids, positions)
-    return _perplexity(reference.logits, theirs, ids), _perplexity(prepared.logits, ours, ids)
-
-
-def _perplexity(logits: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> float:
-    loss = sum(
-        F.cross_entropy(logits(h), target, reduction="sum").double()
-        for h, target in zip(hidden[:-1].split(512), ids[1:].split(512), strict=True)
-    )
-    return float(torch.as_tensor(loss / (len(ids) - 1)).exp())

@@ -65,7 +65,8 @@ def test_one_file_as_json_and_everything_takes_it(source: Path, tmp_path: Path) 
     )  # fmt: skip
     assert "done" in trained.stdout
     assert (tmp_path / "run" / "01-pretrain" / "final" / "model.safetensors").is_file()
-    kllm("convert", "m.gguf", "hf", "--no-verify", cwd=tmp_path)  # test_convert.py verifies
+    again = kllm("convert", "m.gguf", "hf", cwd=tmp_path)
+    assert "checked with transformers" in again.stdout
     assert "license: mit" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")  # it travels on
 
 

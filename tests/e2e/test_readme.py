@@ -69,15 +69,11 @@ def test_own_data_from_file_to_answer(lab: Path) -> None:
 
 
 def test_the_trained_model_goes_everywhere(lab: Path) -> None:
-    """The block of exports, word for word but for ollama, on the model of the block before.
-
-    Quantised folders are not verified once more: tests/e2e/test_convert.py does it, and it takes long.
-    """
+    """The block of exports, word for word but for ollama, on the model of the block before."""
     block = next(b for b in BLOCKS if "export-gguf" in b)
     for line in block.splitlines():
         if line.startswith("kllm "):
-            quick = ["--no-verify"] if "--quant awq" in line or "--quant int8" in line else []
-            kllm(*shlex.split(line, comments=True)[1:], *quick, cwd=lab)
+            kllm(*shlex.split(line, comments=True)[1:], cwd=lab)
     for made in ("my-model", "my-awq", "my-int8"):
         assert (lab / made / "model.safetensors").is_file()
     assert (lab / "model.pth").is_file()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kllm.errors import UserError
 from kllm.model import decode_probe, kernels
-from kllm.model.decode import Prepared, ScratchCache, perplexity_cost, prepare
+from kllm.model.decode import Prepared, ScratchCache, prepare
 from kllm.model.decode_probe import choose
 from kllm.model.kernels import INT4, INT8, RowInt8, candidates
 from kllm.model.quantize import int4_groups, int8_rows
@@ -209,31 +209,6 @@ def test_context_grows_beyond_the_table() -> None:
     for each in (model, prepared):
         each.ensure_context(TOKENS)
     assert off(hidden_of(prepared, ids()), expected(model, ids())) < 1e-5
-
-
-def test_perplexity_cost_measures_both() -> None:
-    model = random_model(WIDE)
-    tokens = ids(WIDE, 600)
-    reference, same = perplexity_cost(prepare(model), model, tokens)
-    logits = model.logits(expected(model, tokens))[:-1]
-    by_hand = torch.nn.functional.cross_entropy(logits, tokens[1:]).exp().item()
-    assert reference == pytest.approx(by_hand, rel=1e-5)
-    assert same == pytest.approx(reference, rel=1e-5)
-    _, rounded = perplexity_cost(prepare(model, weights="int8"), model, tokens)
-    assert rounded != reference and rounded == pytest.approx(reference, rel=0.05)
-
-
-def test_scratch_cache_passes_keys_and_values_through_a_format() -> None:
-    class Coarse:
-        def encode(self, t: Tensor) -> tuple[Tensor, ...]:
-            return ((t * 4).round(),)
-
-        def decode(self, stored: tuple[Tensor, ...]) -> Tensor:
-            return stored[0] / 4
-
-    prepared = prepare(random_model(BASE))
-    plain, coarse = hidden_of(prepared, ids()), hidden_of(prepared, ids(), ScratchCache(Coarse()))
-    assert 1e-3 < off(coarse, plain) < 0.5
 
 
 def test_unknown_formats_and_kernels_are_named() -> None:
