@@ -23,7 +23,7 @@ _BUSY = 64  # rows from which arithmetic bounds, not memory: one matrix tells as
 _SMALL = (
     1 << 20
 )  # bytes of weights below which no kernel can win anything: the default, the same in every run
-_GAIN = 0.95  # a later candidate must be this much faster: close calls must not flip from run to run
+_GAIN = 0.95  # clearly faster: close calls must not flip from run to run
 _HOPELESS = 3.0  # a candidate this much slower than the best is not timed any further
 _LACKING = (
     RuntimeError,
@@ -146,7 +146,7 @@ def _race(options: dict[str, Make], matrices: list[Tensor], dtype: torch.dtype) 
                 entry.measure()
     best = next(iter(entries))
     for name, entry in entries.items():
-        if entry.score < _GAIN * entries[best].score:
+        if entry.beats(entries[best]):
             best = name
     return Choice(best, options[best], tuple(entries[best].seconds), tuple(plain.seconds), native)
 
@@ -210,6 +210,12 @@ class _Entry:
     def score(self) -> float:
         """Geometric mean: one stream, many and prompts count the same."""
         return math.prod(self.seconds) ** (1 / len(self.seconds))
+
+    def beats(self, other: _Entry) -> bool:
+        """Clearly faster in the mean, or at some number of rows and clearly slower at none."""
+        ratios = [mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)]
+        faster_once = min(ratios) < _GAIN and max(ratios) * _GAIN <= 1
+        return faster_once or self.score < _GAIN * other.score
 
 
 def _timed(kernels: Sequence[Kernel], xs: Sequence[Tensor]) -> float:

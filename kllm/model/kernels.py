@@ -76,13 +76,34 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")[:rows]
 
 
-class TransposedAndPacked:
-    """`Transposed` for one row and `Packed` for more: both at their best for twice the memory."""
+class Tiled:
+    """For one row: W cut into tiles of 16 columns, multiplied as a batch.
+
+    A tile lies in memory as it is read and its sums stay in one register: MKL streams such tiles at the speed
+    of memory, a whole transposed matrix at about three quarters of that.
+    """
+
+    COLUMNS = 16
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.device.type != "cpu":
+            raise RuntimeError("tiles are for CPUs")
+        self.outputs, self.bias = len(weight), bias
+        padded = F.pad(weight, (0, 0, 0, -len(weight) % self.COLUMNS))
+        self.tiles = padded.unflatten(0, (-1, self.COLUMNS)).transpose(1, 2).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.bmm(x.expand(len(self.tiles), -1, -1), self.tiles).view(1, -1)[:, : self.outputs]
+        return y if self.bias is None else y + self.bias
+
+
+class TiledAndPacked:
+    """`Tiled` for one row and `Packed` for more: both at their best for twice the memory."""
 
     copies = 2
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.one, self.many = Transposed(weight, bias), Packed(weight, bias)
+        self.one, self.many = Tiled(weight, bias), Packed(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.one(x) if x.shape[0] == 1 else self.many(x)
@@ -228,7 +249,7 @@ FLOAT: dict[str, Make] = {
     "plain": Plain,
     "transposed": Transposed,
     "oneDNN packed": Packed,
-    "transposed + oneDNN packed": TransposedAndPacked,
+    "tiles + oneDNN packed": TiledAndPacked,
 }
 HALF: dict[str, Make] = {**FLOAT, "widened to fp32": Widened}
 INT8: dict[str, Make] = {

@@ -85,6 +85,20 @@ def test_every_float_layout_computes_the_transformer(name: str, kernel: str) -> 
         assert off(row, theirs[i : i + 1]) < 1e-5
 
 
+@pytest.mark.parametrize("make", kernels.FLOAT.values(), ids=kernels.FLOAT)
+@pytest.mark.parametrize("outputs", [1, 37, 48])
+def test_float_kernels_take_any_number_of_rows_and_outputs(make: kernels.Make, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = (torch.randn(*size, generator=generator) for size in ((outputs, 24), (outputs,)))
+    for kernel, added in ((make(weight, bias), bias), (make(weight, None), None)):
+        for rows in (0, 1, 2, 5):
+            x = torch.randn(rows, 24, generator=generator)
+            got = kernel(x)
+            torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, added))
+            got.add_(1)  # callers add in place: what a kernel gives is theirs
+            torch.testing.assert_close(kernel(x), torch.nn.functional.linear(x, weight, added))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3", "qwen3-yarn"])
 def test_sixteen_bit_models_stay_as_near_as_the_transformer(name: str, dtype: torch.dtype) -> None:
@@ -261,6 +275,25 @@ def test_the_race_takes_the_fast_and_right_one() -> None:
     assert choose(options, matrices, torch.float32, pinned="slow").name == "slow"
     with pytest.raises(RuntimeError, match="no kernel of missing runs"):
         choose({"missing": lacking}, matrices, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "better"),
+    [
+        ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0), False),
+        ((0.8, 2.0, 3.0), (1.0, 2.0, 3.0), True),  # one stream alone may decide
+        ((0.96, 1.96, 2.96), (1.0, 2.0, 3.0), False),  # a close call
+        ((0.9, 2.4, 3.0), (1.0, 2.0, 3.0), False),  # lost elsewhere as much as it won
+        ((0.5, 2.4, 3.0), (1.0, 2.0, 3.0), True),  # lost less than it won
+    ],
+)
+def test_what_counts_as_clearly_faster(mine: tuple, its: tuple, better: bool) -> None:
+    entries = []
+    for seconds in (mine, its):
+        entry = object.__new__(decode_probe._Entry)
+        entry.seconds = list(seconds)
+        entries.append(entry)
+    assert entries[0].beats(entries[1]) is better
 
 
 @pytest.mark.usefixtures("clean_choices")
