@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -19,9 +20,14 @@ TEXT = [
 ]
 
 
+@functools.cache
+def chat_tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXT * 5, 320, max_bytes=1_000_000, min_frequency=1)[0]
+
+
 def chat_model(directory: Path, *, context: int = 8192, template: bool = True) -> Path:
     """Writes the model; its greedy answers never end by themselves."""
-    trained, _ = train_tokenizer(TEXT * 5, 320, max_bytes=1_000_000, min_frequency=1)
+    trained = chat_tokenizer()
     shape = ModelShape(
         vocab_size=trained.vocab_size,
         hidden_size=32,

@@ -37,6 +37,7 @@ Ctrl-C stops an answer and keeps what came."""
 def run_chat(
     model_path: str,
     *,
+    adapter: str | None = None,
     prompt: str | None,
     system: str | None,
     sampling: SamplingParams,
@@ -47,6 +48,7 @@ def run_chat(
 
     Args:
         model_path: a run, stage, checkpoint or Hugging Face directory, or a hub id.
+        adapter: a LoRA on it: a PEFT folder, a LoRA run or stage, a MiniMind .pth or a hub id.
         prompt: one question; text piped in is put after it.
         system: system prompt.
         sampling: how answers are drawn.
@@ -59,11 +61,14 @@ def run_chat(
     interactive = sys.stdin is not None and sys.stdin.isatty()
     if json_output and prompt is None and interactive:
         raise UserError("needs a question", where="--json", hint="give --prompt, or text on stdin")
+
+    def opened() -> Session:
+        return open_session(model_path, adapter=adapter, system=system, sampling=sampling, device=device)
+
     if prompt is None and interactive:
-        session = open_session(model_path, system=system, sampling=sampling, device=device)
-        return Repl(session, model_path).run()
+        return Repl(opened(), model_path if adapter is None else f"{model_path} + {adapter}").run()
     question = _question(prompt, "" if interactive else _read_stdin())
-    session = open_session(model_path, system=system, sampling=sampling, device=device)
+    session = opened()
     try:
         return _one_shot(session, question, json_output)
     except BrokenPipeError:  # the reader of our pipe has left; nothing to tell anybody

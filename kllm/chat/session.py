@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kllm.engine import Engine, SamplingParams
@@ -183,12 +184,20 @@ class Session:
 
 
 def open_session(
-    model_path: str, *, system: str | None = None, sampling: SamplingParams | None = None, device: str = "cpu"
+    model_path: str,
+    *,
+    adapter: str | None = None,
+    system: str | None = None,
+    sampling: SamplingParams | None = None,
+    device: str = "cpu",
 ) -> Session:
     """Loads the model of `model_path` (whatever `kllm.export.load` reads) for a talk.
 
+    Args:
+        adapter: a LoRA to answer with, whatever `resolve_adapter` takes.
+
     Raises:
-        UserError: no model there, or one without a tokenizer.
+        UserError: no model there, or one without a tokenizer; no adapter there, or another model's.
     """
     from kllm.export.load import load_model
     from kllm.train.device import pick_device
@@ -196,22 +205,37 @@ def open_session(
     def say(line: str) -> None:
         sys.stderr.write(f"note: {line}\n")
 
+    place = None if adapter is None else _adapter_place(adapter)
     model, tokenizer = load_model(model_path, pick_device(device), say=say)
     if tokenizer is None:
         hint = f"kllm convert {model_path} OUT --tokenizer DIR gives it one"
         raise UserError("the model has no tokenizer beside it", where=model_path, hint=hint)
     model.eval()
     engine = Engine(model, tokenizer, max_batch=1, owns_model=True)
-    return Session(engine, tokenizer, system=system, sampling=sampling or SamplingParams())
+    sampling = sampling or SamplingParams()
+    if place is not None:
+        from kllm.export.adapter_weights import adapter_weights
+
+        engine.add_adapter("adapter", adapter_weights(place, engine.shape))
+        sampling = replace(sampling, adapter="adapter")
+    return Session(engine, tokenizer, system=system, sampling=sampling)
+
+
+def _adapter_place(adapter: str) -> Path:
+    from kllm.export.resolve_adapter import resolve_adapter
+
+    return resolve_adapter(adapter)  # before the model is read: that takes longer
 
 
 def chat_once(
     model_path: str,
     question: str,
     *,
+    adapter: str | None = None,
     system: str | None = None,
     sampling: SamplingParams | None = None,
     device: str = "cpu",
 ) -> Answer:
     """One question to the model in `model_path`, one answer, no terminal."""
-    return open_session(model_path, system=system, sampling=sampling, device=device).ask(question)
+    session = open_session(model_path, adapter=adapter, system=system, sampling=sampling, device=device)
+    return session.ask(question)

@@ -1,4 +1,4 @@
-"""`kllm bench generate` and `kllm bench serve`: how fast, and whether it stays right under load."""
+"""`kllm bench generate`, `serve`, `train`: how fast, and whether it stays right under load."""
 
 from __future__ import annotations
 
@@ -142,6 +142,47 @@ def build_serve() -> Callable[..., Any]:
     return with_signature(command, [extra_parameter(parameter) for parameter in _SERVE])
 
 
+_TRAIN: tuple[tuple[str, Any, Any], ...] = (
+    (
+        "objective",
+        Annotated[
+            Literal["dpo", "lora"],
+            _flag("dpo beside padding and a live reference; lora beside training all weights.", "dpo|lora"),
+        ],
+        ...,
+    ),
+    ("preset", Annotated[str, _flag("Random weights of this shape. [default: k-small]", "NAME")], "k-small"),
+    ("pairs", Annotated[int, _flag("Pairs in a step of dpo. [default: 4]", "N")], 4),
+    ("max_len", Annotated[int, _flag("What the naive way pads to. [default: 1024]", "N")], 1024),
+    ("tokens", Annotated[int, _flag("Tokens in a step of lora. [default: 1024]", "N")], 1024),
+    ("rank", Annotated[int, _flag("Of the adapter. [default: 16]", "N")], 16),
+    ("rounds", Annotated[int, _flag("Turns of each, after a warm-up. [default: 3]", "N")], 3),
+    ("threads", Annotated[int, _flag("Threads of both. [default: 1]", "N")], 1),
+    ("as_json", _JSON, False),
+)
+
+
+def build_train() -> Callable[..., Any]:
+    """The callback of `kllm bench train`."""
+
+    def command(**values: Any) -> int:
+        """Time a training step beside the naive way to do it: same weights and data, taking turns.
+
+        Example: kllm bench train --objective dpo
+        """
+        from kllm.run.bench_train import TrainBench, bench_train
+
+        as_json = values.pop("as_json")
+        report = bench_train(TrainBench(**values), _say)
+        if as_json:
+            typer.echo(json.dumps(report, ensure_ascii=False))
+        else:
+            print_train(report)
+        return 0
+
+    return with_signature(command, [extra_parameter(parameter) for parameter in _TRAIN])
+
+
 def _say(line: str) -> None:
     typer.echo(f"note: {line}", err=True)
 
@@ -261,3 +302,28 @@ def _milli(value: float | None) -> str:
 
 def _fairness(jain: dict[str, float | None]) -> str:
     return f"{_number(jain['mean'], 3)} ({_number(jain['min'], 3)})"
+
+
+def print_train(report: dict[str, Any]) -> None:
+    """The report of `bench_train` for people."""
+    from kllm.observe import units
+
+    settings = report["settings"]
+    size = units.count(report["parameters"])
+    typer.echo(f"{settings['objective']}, {settings['preset']} (random weights): {size} parameters")
+    rounds = f"{settings['threads']} thread(s), {settings['rounds']} rounds"
+    typer.echo(f"{_machine(report['machine'])}, {rounds}")
+    facts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in report["facts"].items())
+    typer.echo(facts)
+    rows = [
+        [
+            row["name"],
+            f"{row['cpu_s']['min']:.2f}",
+            f"{row['cpu_s']['median']:.2f}",
+            f"{row['ratio']['min']:.2f}",
+            f"{row['ratio']['median']:.2f}",
+            f"{row['first_loss']:.4f}",
+        ]
+        for row in report["rows"]
+    ]
+    typer.echo(table(["one step", "CPU s", "median", "x", "median x", "loss"], rows))

@@ -49,12 +49,21 @@ _TOKENIZER = Annotated[
 _ROPE = Annotated[Literal["yarn", "linear"] | None, typer.Option(help="Stretch the positions by --factor.")]
 _FACTOR = Annotated[float | None, typer.Option(metavar="X", help="How far to stretch.")]
 _ADAPTER = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Merge this LoRA (a PEFT folder or MiniMind's .pth).")
+    list[str] | None,
+    typer.Option(
+        metavar="PATH[@WEIGHT]",
+        help="Merge this LoRA: a PEFT folder, LoRA run or .pth. Repeat: their changes add up.",
+    ),
+]
+_MERGE = Annotated[
+    bool, typer.Option("--merge", help="SRC is a LoRA (run, PEFT folder, .pth): merge it into its base.")
 ]
 _KEEP = Annotated[
     bool, typer.Option("--keep-adapter", help="Do not merge it: write it to OUT/adapter as a PEFT folder.")
 ]
-_BASE = Annotated[str | None, typer.Option(metavar="ID", help="Base model that a PEFT folder names.")]
+_BASE = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Base that a PEFT folder names, or that --merge takes.")
+]
 _VERIFY = Annotated[
     bool | None,
     typer.Option("--verify/--no-verify", help="Reload with another program, compare. [default: if small]"),
@@ -78,6 +87,7 @@ _PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
     ("rope_scaling", _ROPE, None),
     ("factor", _FACTOR, None),
     ("adapter", _ADAPTER, None),
+    ("merge", _MERGE, False),
     ("keep_adapter", _KEEP, False),
     ("base", _BASE, None),
     ("verify", _VERIFY, None),
@@ -104,7 +114,9 @@ def build_convert() -> Callable[..., Any]:
         options = HfOptions(
             max_shard_bytes=_bytes(values.pop("max_shard_size")), **{n: values.pop(n) for n in _OPTIONS}
         )
-        job = Conversion(options=options, **{**values, "assume": assumptions(values["assume"])})
+        adapters = tuple(values.pop("adapter") or ())
+        values["assume"] = assumptions(values["assume"])
+        job = Conversion(options=options, adapters=adapters, **values)
         report = convert(job, lambda line: typer.echo(f"note: {line}", err=True))
         if as_json:
             typer.echo(json.dumps(report, ensure_ascii=False, default=str))
@@ -125,7 +137,7 @@ def _bytes(text: str) -> int:
 
 def _print(report: dict[str, Any]) -> None:
     from kllm.observe import units
-    from kllm.run.exportcard import hf_check
+    from kllm.run.exportcard import hf_check, merged_line
 
     counted = "parameters" if "parameters" in report else "modules"
     what = f"{report[counted]:,} {counted}"
@@ -136,6 +148,8 @@ def _print(report: dict[str, Any]) -> None:
         typer.echo(f"perplexity on {cost['texts']}: {change}")
     if checked := report.get("verified"):
         typer.echo(f"checked with {hf_check(checked)}")
+    for merged in report.get("merged", ()):
+        typer.echo(f"merged {merged_line(merged)}")
     if "adapter" in report:
         typer.echo(f"adapter: {report['adapter']}")
     if "pushed" in report:

@@ -42,7 +42,9 @@ def print_data(found: dict[str, Any]) -> None:
             rows,
         ),
     ]
-    if found["tokens"]:
+    if found["pairs"] and found["tokens"]:
+        facts.append(("tokens", f"{found['trained_tokens']:,} trained, in both sides of the pairs"))
+    elif found["tokens"]:
         total, trained = found["tokens"]["total"], found["trained_tokens"]
         per_token = found["chars"]["total"] / max(total, 1)
         facts.append(
@@ -51,11 +53,15 @@ def print_data(found: dict[str, Any]) -> None:
                 f"{total:,} ({per_token:.2f} chars each), {units.percent(trained / max(total, 1))} trained",
             )
         )
+    if found["good"] is not None:
+        facts.append(("good", f"{units.percent(found['good'])} of the answers"))
     facts.append(("chars", f"{found['chars']['total']:,}"))
     reporter.table(found["path"], ("", ""), facts)
     spread = found[found["unit"]]
     names = ("mean", "min", "p50", "p90", "p99", "max")
     reporter.table(f"length of a row in {found['unit']}", names, [[f"{spread[name]:,.0f}" for name in names]])
+    if found["pairs"]:
+        _print_pairs(found["pairs"], found["unit"], reporter)
     columns = (f"{found['unit']} in a row", "rows", "no longer", "")
     reporter.table("", columns, _histogram(found["histogram"]))
     _print_sample(found, reporter)
@@ -83,15 +89,45 @@ def _print_sample(found: dict[str, Any], reporter: Any) -> None:
     if sample is None:
         return
     title = f"sample: {sample['where']} ({sample['dialect']})"
-    if sample["pieces"]:
+    if sample["sections"]:
+        spans = _pair_spans(sample["sections"])
+    elif sample["pieces"]:
         spans = list(zip(sample["pieces"], sample["mask"], strict=True))
     elif sample["messages"]:
-        spans = []
-        for message in sample["messages"]:
-            spans.append((f"{message['role']}: ", False))
-            spans.append((f"{message.get('content') or ''}\n", message["role"] == "assistant"))
+        spans = _message_spans(sample["messages"])
     else:
         spans = [(sample["text"], True)]
     if sample["truncated"]:
         spans.append((" ...", False))
     reporter.spans(title, spans)
+
+
+def _message_spans(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    spans = []
+    for message in messages:
+        spans.append((f"{message['role']}: ", False))
+        spans.append((f"{message.get('content') or ''}\n", message["role"] == "assistant"))
+    return spans
+
+
+def _pair_spans(sections: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    """A preference pair: the prompt once, then both answers, each under its name."""
+    spans = []
+    for section in sections:
+        spans.append((f"\n[{section['name']}]\n", False))
+        if section["pieces"]:
+            spans += list(zip(section["pieces"], section["mask"], strict=True))
+        else:
+            spans += _message_spans(section["messages"])
+    return spans
+
+
+def _print_pairs(pairs: dict[str, Any], unit: str, reporter: Any) -> None:
+    names = ("mean", "p50", "p90", "p99", "max")
+    parts = ("prompt", "chosen", "rejected")
+    rows = [(part, *(f"{pairs[part][name]:,.0f}" for name in names)) for part in parts]
+    reporter.table(f"parts of a pair in {unit}", ("", *names), rows)
+    facts = [("chosen is the longer", units.percent(pairs["chosen_longer"]))]
+    if pairs["saved"] is not None:
+        facts.append(("computed once for both sides", f"{units.percent(pairs['saved'])} of the tokens"))
+    reporter.table("", ("", ""), facts)

@@ -110,7 +110,7 @@ _PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
         _Texts,
         None,
         EVERYDAY,
-        "A LoRA on the first model, served as NAME; may be repeated.",
+        "A LoRA on the first model (PEFT folder, run or hub id), asked for as NAME; may be repeated.",
         "NAME=DIR",
     ),
     _row("device", str, "auto", EVERYDAY, "Where to compute: auto, cpu, cuda, cuda:1, mps.", "NAME"),
@@ -198,10 +198,11 @@ def build_serve() -> Callable[..., Any]:
         sizes = {name: _bytes(name, values[name]) for name in ("max_body", "kv_memory")}
         if sizes["max_body"] < _LEAST_BODY:
             raise UserError(f"must be at least 1KiB, got {values['max_body']!r}", where="flag --max-body")
-        from kllm.serve.loading import LoadOptions, sources_of
+        from kllm.serve.loading import LoadOptions
         from kllm.serve.main import serve
         from kllm.serve.middleware import digests
         from kllm.serve.settings import Settings
+        from kllm.serve.sources import sources_of
 
         options = LoadOptions(
             kv_memory=sizes["kv_memory"],

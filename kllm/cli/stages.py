@@ -20,6 +20,9 @@ _EXAMPLES = {
     "tokenizer": "kllm tokenizer train --data texts.jsonl --vocab-size 6400",
     "pretrain": "kllm pretrain --data texts.jsonl --preset k-small --tokens 20M",
     "sft": "kllm sft --model runs/pretrain --data chats.jsonl --epochs 2",
+    "lora": "kllm lora --model runs/quickstart --data builtin:identity/sft --rank 16",
+    "dpo": "kllm dpo --model runs/quickstart --data pairs.jsonl --preference.beta 0.1",
+    "distill": "kllm distill --teacher runs/quickstart --student-from runs/quickstart --layers 3",
     "eval": "kllm eval runs/quickstart",
     "export": "kllm export runs/quickstart --gguf q8_0 --gguf q4_k_m",
 }
@@ -27,6 +30,9 @@ _ABOUT = {
     "tokenizer": "Train a byte-level BPE tokenizer.",
     "pretrain": "Train a model on plain text; without --tokenizer one is trained on the same data first.",
     "sft": "Fine-tune a model on conversations; only the assistant's words are learned.",
+    "lora": "Fine-tune an adapter (LoRA) on conversations; the weights stay: sft with lora.rank.",
+    "dpo": "Learn from preferences: pairs, single ratings (--loss kto), own answers (--online).",
+    "distill": "Teach a smaller model what a larger one knows, by its probabilities or by its answers.",
     "eval": "Measure a model.",
     "export": "Write a model for other programs: a Hugging Face folder and GGUF files, each checked.",
 }
@@ -64,6 +70,21 @@ def build_pretrain() -> Callable[..., Any]:
 def build_sft() -> Callable[..., Any]:
     """The callback of `kllm sft`."""
     return _build("sft")
+
+
+def build_lora() -> Callable[..., Any]:
+    """The callback of `kllm lora`."""
+    return _build("lora")
+
+
+def build_dpo() -> Callable[..., Any]:
+    """The callback of `kllm dpo`."""
+    return _build("dpo")
+
+
+def build_distill() -> Callable[..., Any]:
+    """The callback of `kllm distill`."""
+    return _build("distill")
 
 
 def build_eval() -> Callable[..., Any]:
@@ -113,10 +134,15 @@ def load_stage(kind: str, flags: list[options.Flag], values: dict[str, Any]) -> 
 
 
 def _needs_a_model(kind: str, given: dict[str, Any]) -> None:
-    if kind in ("sft", "eval", "export") and not {"model.path", "model.preset"} & given.keys():
+    starts = {"model.path", "model.preset", *(["student_from"] if kind == "distill" else [])}
+    if kind not in ("tokenizer", "pretrain") and not starts & given.keys():
         hint = "--model RUN, FOLDER or HUB ID, or --recipe FILE; e.g. " + _EXAMPLES[kind]
         raise UserError(f"kllm {kind} needs a model to start from", hint=hint)
-    if kind == "sft" and "model.path" not in given and not {"tokenizer", "tokenizer.path"} & given.keys():
+    if (
+        kind in ("sft", "lora", "dpo")
+        and "model.path" not in given
+        and not {"tokenizer", "tokenizer.path"} & given.keys()
+    ):
         raise UserError("a model with fresh weights needs a tokenizer", hint="--tokenizer FOLDER or HUB ID")
 
 
@@ -125,6 +151,6 @@ def _name(out: str | None, kind: str, given: dict[str, Any]) -> str:
     if out is not None:
         text = Path(out).resolve().name
     else:
-        model = given.get("model.path") or given.get("model.preset")
+        model = given.get("model.path") or given.get("student_from") or given.get("model.preset")
         text = f"{kind}-{Path(str(model)).name}" if model else kind
     return re.sub(r"[^\w.\-]+", "-", text).strip("-_.") or kind

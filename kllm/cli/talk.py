@@ -24,6 +24,16 @@ def build_chat() -> Callable[..., Any]:
     extras: list[options.Extra] = [
         ("model", Annotated[str, what], options.REQUIRED),
         (
+            "adapter",
+            Annotated[
+                str | None,
+                typer.Option(
+                    "--adapter", metavar="DIR", help="A LoRA on it: PEFT folder, LoRA run or hub id."
+                ),
+            ],
+            None,
+        ),
+        (
             "system",
             Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")],
             None,
@@ -92,6 +102,7 @@ def _chat(flags: list[options.Flag], values: dict[str, Any]) -> int:
 
     return run_chat(
         values["model"],
+        adapter=values["adapter"],
         prompt=values.get("prompt"),
         system=values.get("system"),
         sampling=SamplingParams(**sampling.model_dump()),

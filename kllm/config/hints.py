@@ -119,6 +119,31 @@ ALIASES: dict[str, tuple[str, str]] = {
     "use_wandb": ("log.sinks", "[wandb]"),
     "use_swanlab": ("log.sinks", "[swanlab]"),
     "wandb_project": ("log.project", ""),
+    "lora_r": ("lora.rank", ""),
+    "lora_rank": ("lora.rank", ""),
+    "lora_alpha": ("lora.alpha", ""),
+    "lora_dropout": ("lora.dropout", ""),
+    "lora_target": ("lora.targets", ""),
+    "target_modules": ("lora.targets", ""),
+    "lora_modules": ("lora.targets", ""),
+    "loraplus_lr_ratio": ("lora.lr_ratio", ""),
+    "init_lora_weights": ("lora.init", ""),
+    "pissa_init": ("lora.init", "pissa"),
+    "load_in_4bit": ("lora.base", "int4"),
+    "load_in_8bit": ("lora.base", "int8"),
+    "quantization_bit": ("lora.base", "int8 or int4"),
+    "loss_type": ("preference.loss", ""),
+    "pref_loss": ("preference.loss", ""),
+    "pref_beta": ("preference.beta", ""),
+    "dpo_beta": ("preference.beta", ""),
+    "pref_ftx": ("preference.rpo_alpha", ""),
+    "simpo_gamma": ("preference.gamma", "a share of beta"),
+    "gamma_beta_ratio": ("preference.gamma", ""),
+    "ref_model": ("preference.loss", "the model as it was before the stage is the reference"),
+    "teacher_model": ("teacher.path", ""),
+    "teacher_model_name_or_path": ("teacher.path", ""),
+    "distillation_temperature": ("distill.temperature", ""),
+    "lmbda": ("distill.on_policy", ""),
 }
 
 _RECIPE_ALIASES = {
@@ -134,12 +159,7 @@ _RECIPE_ALIASES = {
     "num_gpus": "did you mean nproc?",
     "world_size": "did you mean nproc?",
     "random_seed": "did you mean seed?",
-    "finetuning_type": "add a stage: - stage: sft",
-    "lora_r": "this version trains all weights, it has no LoRA",
-    "lora_rank": "this version trains all weights, it has no LoRA",
-    "lora_alpha": "this version trains all weights, it has no LoRA",
-    "lora_target": "this version trains all weights, it has no LoRA",
-    "load_in_4bit": "this version trains all weights, it has no quantised training",
+    "finetuning_type": "the stage says it: sft (all weights), lora (an adapter)",
 }
 
 _KIND_ALIASES = {
@@ -148,6 +168,16 @@ _KIND_ALIASES = {
     "finetune": "sft",
     "fine-tune": "sft",
     "full_sft": "sft",
+    "qlora": "lora",
+    "adapter": "lora",
+    "preference": "dpo",
+    "kto": "dpo",
+    "orpo": "dpo",
+    "simpo": "dpo",
+    "rlhf": "dpo",
+    "kd": "distill",
+    "gkd": "distill",
+    "distillation": "distill",
 }
 
 
@@ -193,9 +223,9 @@ def _elsewhere(kind: str | None, prefix: tuple[str, ...], word: str) -> str | No
             return _own(target, remark)
     others = [k for k in STAGES if k != kind and _belongs(k, prefix, word)]
     if others:
-        return f"unknown key: it belongs to {with_article(' or '.join(others))} stage" + (
-            f", not {kind}" if kind else ""
-        )
+        what = f"kllm calls it {ALIASES[word][0]}, and it" if word in ALIASES else "it"
+        kinds = with_article(" or ".join(filter(None, (", ".join(others[:-1]), others[-1]))))
+        return f"unknown key: {what} belongs to {kinds} stage" + (f", not {kind}" if kind else "")
     return None
 
 

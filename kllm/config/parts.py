@@ -156,6 +156,13 @@ class DatasetSection(Section):
     """Chance that a conversation without a system turn gets a random one."""
     keep_empty_think: Fraction = 1.0
     """Chance that an empty <think></think> block is kept."""
+    unify_reasoning: bool = False
+    """Bring every dialect of thinking (tags, answer tags, half of a pair) to the template's own form."""
+    add_empty_think: Fraction = 0.0
+    """Share of the answers without reasoning put behind an empty think block that is context, not learned:
+    teaches enable_thinking off."""
+    drop_reasoning: Fraction = 0.0
+    """Share of the conversations with reasoning that are learned without it, behind such a block."""
     cache_dir: str | None = None
     """Where token shards are kept between runs; default: a shared cache folder."""
     max_bytes: Bytes | None = None

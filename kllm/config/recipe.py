@@ -30,6 +30,10 @@ class Links:
     model: str | None = None
     preset: str | None = None
     tokenizer: str | None = None
+    teacher: str | None = None
+    student_from: str | None = None
+    endpoint: str | None = None
+    """Where the stage gets answers to learn from; it needs no teacher then."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,20 @@ class Recipe(Section):
         return f"{self.index(name) + 1:02d}-{name}"
 
     def inputs(self, name: str) -> dict[str, str]:
-        """Where a stage's `model` and `tokenizer` come from: `stage:NAME` or a path; absent = it makes them.
+        """Where a stage's `model`, `tokenizer` and `teacher` come from: `stage:NAME` or a path; absent = it
+        makes them, or needs none.
 
         A named tokenizer wins; a model that is read from somewhere brings its tokenizer along; otherwise the
-        nearest earlier stage that makes one is taken.
+        nearest earlier stage that makes one is taken. A student with fresh weights takes the teacher's
+        tokenizer; its teacher is the nearest earlier model unless named.
         """
         links = [_links_of(stage.model_dump(), i) for i, stage in enumerate(self.stages)]
         return resolve_inputs(links, self.index(name))
+
+
+def is_url(text: str) -> bool:
+    """An endpoint that is asked over the network, not a model that is loaded."""
+    return text.startswith(("http://", "https://"))
 
 
 def raw_links(stages: Any) -> list[Links]:
@@ -103,7 +114,7 @@ def _links_of(stage: Mapping[str, Any], index: int) -> Links:
         return value if isinstance(value, str) else None
 
     kind = str(stage["stage"])
-    tokenizer = stage.get("tokenizer")
+    tokenizer, teacher = stage.get("tokenizer"), stage.get("teacher")
     return Links(
         index=index,
         kind=kind,
@@ -111,6 +122,9 @@ def _links_of(stage: Mapping[str, Any], index: int) -> Links:
         model=text(stage.get("model"), "path"),
         preset=text(stage.get("model"), "preset"),
         tokenizer=tokenizer if isinstance(tokenizer, str) else text(tokenizer, "path"),
+        teacher=teacher if isinstance(teacher, str) else text(teacher, "path"),
+        student_from=text(stage, "student_from"),
+        endpoint=text(stage, "from_endpoint"),
     )
 
 
@@ -128,19 +142,31 @@ def resolve_inputs(stages: list[Links], position: int) -> dict[str, str]:
     fresh = stage.kind == "pretrain" and stage.model is None
     if _takes(stage.kind, "model"):
         producer = _last_producer(earlier, "model")
-        if stage.model:
-            inputs["model"] = stage.model
+        if given := stage.model or stage.student_from:
+            inputs["model"] = given
         elif not fresh and not stage.preset and producer:
             inputs["model"] = REFERENCE + producer.name
+    if stage.endpoint and not is_url(stage.endpoint):
+        inputs["endpoint"] = stage.endpoint
+    if _takes(stage.kind, "teacher") and not stage.endpoint:
+        teacher = stage.teacher or stage.student_from or _earlier_teacher(stage, earlier)
+        if teacher:
+            inputs["teacher"] = teacher
     if _takes(stage.kind, "tokenizer"):
         producer = _last_producer(earlier, "tokenizer")
         if stage.tokenizer:
             inputs["tokenizer"] = stage.tokenizer
-        elif "model" in inputs:
-            inputs["tokenizer"] = inputs["model"]
+        elif "model" in inputs or "teacher" in inputs:
+            inputs["tokenizer"] = inputs.get("model") or inputs["teacher"]
         elif producer:
             inputs["tokenizer"] = REFERENCE + producer.name
     return inputs
+
+
+def _earlier_teacher(stage: Links, earlier: list[Links]) -> str | None:
+    """The nearest earlier model, for a student that does not start from it."""
+    producer = _last_producer(earlier, "model")
+    return REFERENCE + producer.name if producer and (stage.preset or stage.model) else None
 
 
 def link_errors(links: Iterable[Links]) -> list[LinkError]:
@@ -153,14 +179,25 @@ def link_errors(links: Iterable[Links]) -> list[LinkError]:
         if stage.name in seen:
             hint = "give one of them another name: name: NAME"
             errors.append(LinkError((*at, "name"), f"two stages are called {stage.name!r}", hint))
-        for what, value in (("model", stage.model), ("tokenizer", stage.tokenizer)):
-            if value and value.startswith(REFERENCE) and _takes(stage.kind, what):
+        for what, value, path in _named(stage):
+            if value and value.startswith(REFERENCE) and _takes(stage.kind, path[0]):
                 message = _reference_error(value.removeprefix(REFERENCE), what, stages, position)
                 if message:
-                    errors.append(LinkError((*at, what, "path"), message))
+                    errors.append(LinkError((*at, *path), message))
         errors.extend(_missing_inputs(stages, position, at))
         seen.setdefault(stage.name, stage)
     return errors
+
+
+def _named(stage: Links) -> list[tuple[str, str | None, tuple[str, ...]]]:
+    """What a stage names: (kind of thing, its value, its key)."""
+    return [
+        ("model", stage.model, ("model", "path")),
+        ("tokenizer", stage.tokenizer, ("tokenizer", "path")),
+        ("model", stage.teacher, ("teacher", "path")),
+        ("model", stage.student_from, ("student_from",)),
+        ("model", stage.endpoint, ("from_endpoint",)),
+    ]
 
 
 def _reference_error(name: str, what: str, stages: list[Links], position: int) -> str | None:
@@ -186,6 +223,9 @@ def _missing_inputs(stages: list[Links], position: int, at: tuple[str | int, ...
     elif _takes(stage.kind, "tokenizer") and "tokenizer" not in inputs:
         hint = "put a tokenizer stage before it, or give tokenizer: {path: FOLDER or HUB ID}"
         errors.append(LinkError((*at, "tokenizer"), f"stage {stage.name!r} has no tokenizer", hint))
+    if _takes(stage.kind, "teacher") and not stage.endpoint and "teacher" not in inputs:
+        hint = "give teacher: RUN, FOLDER or HUB ID (or from_endpoint: URL and prompts: FILE)"
+        errors.append(LinkError((*at, "teacher"), f"stage {stage.name!r} has no teacher", hint))
     return errors
 
 

@@ -7,6 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kllm.config.align import (
+    CollectSection,
+    DistillSection,
+    DpoOptimSection,
+    DpoTrainSection,
+    LoraOnSection,
+    LoraOptimSection,
+    LoraSection,
+    PreferenceSection,
+    RolloutSection,
+    TeacherRef,
+)
 from kllm.config.base import Bytes, NotNegative, Positive, Section, StageName, StrList, as_list
 from kllm.config.parts import (
     DataList,
@@ -85,11 +97,28 @@ class TrainingStage(BaseStage):
     optim: OptimSection = Field(default_factory=OptimSection)
     log: LogSection = Field(default_factory=LogSection)
 
+    @property
+    def data_kind(self) -> Literal["text", "chat", "preference", "rated"]:
+        """What the records of `data` are."""
+        return "chat"
+
+    @property
+    def row_tokens(self) -> int:
+        """Most tokens in a row of the batch."""
+        return self.dataset.seq_len
+
+    @property
+    def adapter(self) -> LoraSection | None:
+        """The adapter that is trained instead of the weights, or None."""
+        lora: LoraSection | None = getattr(self, "lora", None)
+        return lora if lora is not None and lora.rank else None
+
     @model_validator(mode="after")
     def _batch_holds_a_row(self) -> TrainingStage:
-        if self.train.batch_tokens < self.dataset.seq_len:
+        if self.train.batch_tokens < self.row_tokens:
+            one = "pair of" if self.row_tokens > self.dataset.seq_len else "row of"
             raise ValueError(
-                f"train.batch_tokens ({self.train.batch_tokens}) is less than one row of "
+                f"train.batch_tokens ({self.train.batch_tokens}) is less than one {one} "
                 f"dataset.seq_len ({self.dataset.seq_len}) tokens"
             )
         return self
@@ -104,16 +133,100 @@ class PretrainStage(TrainingStage):
     """Text to train on; repeat for a mixture. Each may carry @weight."""
     model: FreshModelSection = Field(default_factory=FreshModelSection)
 
+    @property
+    def data_kind(self) -> Literal["text", "chat", "preference", "rated"]:
+        return "text"
 
-class SftStage(TrainingStage):
+
+class TuningStage(TrainingStage):
+    """What stages share that start from a model; `lora` trains an adapter instead of all weights."""
+
+    data: DataList = Field(default_factory=_builtin("sft"))
+    """Conversations to train on; repeat for a mixture. Each may carry @weight."""
+    lora: LoraSection = Field(default_factory=LoraSection)
+
+
+class SftStage(TuningStage):
     """Fine-tune a model on conversations; only the assistant's words are learned."""
 
     stage: Literal["sft"] = "sft"
     """Kind of the stage."""
-    data: DataList = Field(default_factory=_builtin("sft"))
-    """Conversations to train on; repeat for a mixture. Each may carry @weight."""
     train: SftTrainSection = Field(default_factory=SftTrainSection)
     optim: SftOptimSection = Field(default_factory=SftOptimSection)
+
+
+class LoraStage(TuningStage):
+    """Fine-tune an adapter on conversations; the model's weights stay as they are."""
+
+    stage: Literal["lora"] = "lora"
+    """Kind of the stage."""
+    train: SftTrainSection = Field(default_factory=SftTrainSection)
+    optim: LoraOptimSection = Field(default_factory=LoraOptimSection)
+    lora: LoraOnSection = Field(default_factory=LoraOnSection)
+
+
+class DpoStage(TuningStage):
+    """Learn from preferences: pairs of a better and a worse answer, or single ratings (kto)."""
+
+    stage: Literal["dpo"] = "dpo"
+    """Kind of the stage."""
+    data: DataList = Field(default_factory=_builtin("preference"))
+    """Preference pairs or rated answers; repeat for a mixture. Each may carry @weight."""
+    online: bool = False
+    """Sample the pairs from the model itself (see rollout) instead of reading them."""
+    train: DpoTrainSection = Field(default_factory=DpoTrainSection)
+    optim: DpoOptimSection = Field(default_factory=DpoOptimSection)
+    preference: PreferenceSection = Field(default_factory=PreferenceSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+
+    @property
+    def data_kind(self) -> Literal["text", "chat", "preference", "rated"]:
+        return "rated" if self.preference.loss == "kto" else "preference"
+
+    @property
+    def row_tokens(self) -> int:
+        """A row holds any pair: a shared beginning and two endings."""
+        return self.dataset.seq_len * (1 if self.preference.loss == "kto" else 2)
+
+    @model_validator(mode="after")
+    def _online_makes_pairs(self) -> DpoStage:
+        if self.online and self.preference.loss == "kto":
+            raise ValueError("online sampling makes pairs, and kto learns from single ratings")
+        return self
+
+
+class DistillStage(TuningStage):
+    """Teach a smaller model what a larger one knows: by its probabilities, or by its answers."""
+
+    stage: Literal["distill"] = "distill"
+    """Kind of the stage."""
+    train: SftTrainSection = Field(default_factory=SftTrainSection)
+    optim: SftOptimSection = Field(default_factory=SftOptimSection)
+    teacher: TeacherRef = Field(default_factory=TeacherRef)
+    student_from: str | None = None
+    """Start the student as a smaller copy of this model: with model.num_hidden_layers, hidden_size ..."""
+    from_endpoint: str | None = None
+    """Learn from answers instead of probabilities: base URL of an OpenAI-compatible server, a model folder,
+    hub id or `stage:NAME`."""
+    prompts: StrList = Field(default_factory=list)
+    """Prompts for from_endpoint; file, glob or `builtin:NAME`; repeat."""
+    distill: DistillSection = Field(default_factory=DistillSection)
+    collect: CollectSection = Field(default_factory=CollectSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+
+    @model_validator(mode="after")
+    def _one_start_and_teacher(self) -> DistillStage:
+        if self.student_from is not None and (self.model.path or self.model.preset):
+            raise ValueError("give student_from or model.path or model.preset, not two of them")
+        if self.from_endpoint is not None and self.teacher.path is not None:
+            raise ValueError("give a teacher (probabilities) or from_endpoint (answers), not both")
+        if self.from_endpoint is None and self.prompts:
+            raise ValueError("prompts are for from_endpoint; what a teacher sees is under data")
+        if self.from_endpoint is not None and not self.prompts:
+            raise ValueError("from_endpoint needs prompts")
+        if self.distill.on_policy and self.distill.top_k:
+            raise ValueError("distill.top_k keeps what the teacher says of the data; on_policy needs it live")
+        return self
 
 
 class EvalStage(BaseStage):
@@ -122,7 +235,8 @@ class EvalStage(BaseStage):
     stage: Literal["eval"] = "eval"
     """Kind of the stage."""
     tasks: Annotated[StrList, Field(min_length=1)] = Field(default_factory=lambda: ["builtin:world"])
-    """Tasks: `builtin:world` (exact answers), `perplexity:FILE` (loss, bits per byte); repeat for several."""
+    """Tasks: `builtin:world` (exact answers), `builtin:world/facts` (without those about itself),
+    `builtin:identity`, `preference:FILE` (pairs), `format:FILE` (thinking), `perplexity:FILE`; repeat."""
     model: ModelSection = Field(default_factory=ModelSection)
     limit: Positive | None = None
     """Ask at most this many questions of each task."""
@@ -167,7 +281,7 @@ class ExportStage(BaseStage):
 
 
 Stage = Annotated[
-    TokenizerStage | PretrainStage | SftStage | EvalStage | ExportStage,
+    TokenizerStage | PretrainStage | SftStage | LoraStage | DpoStage | DistillStage | EvalStage | ExportStage,
     Field(discriminator="stage"),
 ]
 
@@ -175,6 +289,9 @@ STAGES: dict[str, type[BaseStage]] = {
     "tokenizer": TokenizerStage,
     "pretrain": PretrainStage,
     "sft": SftStage,
+    "lora": LoraStage,
+    "dpo": DpoStage,
+    "distill": DistillStage,
     "eval": EvalStage,
     "export": ExportStage,
 }

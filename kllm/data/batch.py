@@ -7,7 +7,7 @@ token is the token after it in the same document, or `IGNORE` where there is not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,11 +26,34 @@ class Piece:
 
 
 @dataclass
+class Sequences:
+    """Which token's label counts for which sequence (an answer whose log-probability is summed).
+
+    index: int64 [T], the number of the sequence of this token's label, -1 = none; count: number
+    of sequences (preference pairs: chosen is 2 i, rejected 2 i + 1); good: bool [count], the
+    rating of each sequence in rated (KTO) data, None for pairs.
+    """
+
+    index: Tensor
+    count: int
+    good: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Sequences:
+        """The same sequences on `device`."""
+        good = None if self.good is None else self.good.to(device, non_blocking=True)
+        return Sequences(self.index.to(device, non_blocking=True), self.count, good)
+
+
+@dataclass
 class Batch:
     """T tokens of any number of documents.
 
-    tokens, labels, positions: int64 [T]; cu_seqlens: int32 [documents + 1], cu_seqlens[-1] == T;
+    tokens, labels, positions: int64 [T]; cu_seqlens: int32 [segments + 1], cu_seqlens[-1] == T;
     weights: float32 [T] loss weights or None for all ones; rows: where each row came from.
+    parents: int32 [segments] on the CPU or None: the earlier segment of the same batch whose
+    tokens come before this one (a beginning that several segments share; it has no parent
+    itself), -1 = none. A segment attends to all of its parent and causally to itself.
+    sequences: answers scored as a whole (preferences). extras: per-token annotations [T, ...].
     """
 
     tokens: Tensor
@@ -39,6 +62,9 @@ class Batch:
     cu_seqlens: Tensor
     weights: Tensor | None = None
     rows: list[str] = field(default_factory=list)
+    parents: Tensor | None = None
+    sequences: Sequences | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_pieces(
@@ -64,15 +90,19 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device` (cu_seqlens stays on the CPU: it is read as Python ints)."""
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
-        return Batch(
-            self.tokens.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            self.cu_seqlens,
-            weights,
-            self.rows,
+        """The same batch on `device` (cu_seqlens, parents stay on the CPU: read as Python ints)."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=moved(self.tokens),
+            labels=moved(self.labels),
+            positions=moved(self.positions),
+            weights=None if self.weights is None else moved(self.weights),
+            sequences=None if self.sequences is None else self.sequences.to(device),
+            extras={name: moved(values) for name, values in self.extras.items()},
         )
 
     @property

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from kllm.data.encode import ChatDocuments, Document, EncodeOptions, Encoder, TextEncoder, record_hash
-from kllm.data.formats import TextRecord, WrongDialect, normalise
+from kllm.data.encode import Document, EncodeOptions, TooLong, record_hash, words
+from kllm.data.encode_pairs import encoder_for
+from kllm.data.formats import Record, TextRecord, WrongDialect, records
 from kllm.data.messages import BadRow
 from kllm.data.shards import FORMAT, Kind, Progress, Shard
 from kllm.data.sources import content_hash, iter_records
@@ -58,13 +59,15 @@ def build(
         cache_dir.mkdir(parents=True, exist_ok=True)
     data = content_hash(source, memo=cache_dir / "hashes.json")
     parts = {"format": FORMAT, "data": data, "tokenizer": tokenizer.fingerprint, **asdict(options)}
+    if parts["chat"] is not None:  # what is not asked for leaves the keys of older shards as they were
+        parts["chat"] = {name: value for name, value in parts["chat"].items() if value is not None}
     key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = cache_dir / f"{options.kind}-{key}"
     bad = BadRows(source, max_bad_rows)
     if (found := _finished(folder)) is not None:
         bad.recall(found)
         return folder, True
-    _remove_torn(folder)
+    remove_torn(folder)
     with new_directory(folder) as aside:
         builder = _Builder(source, tokenizer, options, aside, bad)
         builder.run(progress)
@@ -84,7 +87,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _remove_torn(folder: Path) -> None:
+def remove_torn(folder: Path) -> None:
     """Removes what killed builds of the same folder left behind."""
     for torn in folder.parent.glob(f".{folder.name}.*-*"):
         pid = torn.name.rpartition("-")[2]
@@ -130,15 +133,11 @@ class _Builder:
     ) -> None:
         self.source, self.options, self.bad = source, options, bad
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self.encode: Encoder
-        if options.chat is None:
-            self.encode = TextEncoder(tokenizer)
-        else:
-            self.encode = ChatDocuments(tokenizer, options.chat)
+        self.encode = encoder_for(options.kind, tokenizer, options.chat)
         self.train = _Writer(folder, "train", self)
         self.val = _Writer(folder, "val", self)
         self.threshold = int(options.val_fraction * 2**64)
-        self.short = self.cut = 0
+        self.short = self.cut = self.dropped = 0
         self.held: list[Document] = []  # the documents of the least hash: the split's reserve
         self.least = 1 << 64
 
@@ -148,7 +147,9 @@ class _Builder:
                 hashes = [record_hash(record) for _, record in batch]
                 documents = self.encode([record for _, record in batch])
                 for (where, _), number, document in zip(batch, hashes, documents, strict=True):
-                    if isinstance(document, BadRow):
+                    if isinstance(document, TooLong):
+                        self.dropped += 1
+                    elif isinstance(document, BadRow):
                         self.bad.add(where, str(document))
                     else:
                         self._route(number, document)
@@ -173,7 +174,7 @@ class _Builder:
         good, least = 0, self.options.min_chars
         for where, value in iter_records(self.source, max_bytes=self.options.max_bytes, on_bad=self.bad.add):
             try:
-                record = normalise(value, self.options.kind)
+                found = records(value, self.options.kind)
             except WrongDialect as error:
                 if not good:  # the whole file is of another kind: not a matter of counting rows
                     raise UserError(str(error), where, error.hint) from error
@@ -182,11 +183,11 @@ class _Builder:
                 self.bad.add(where, str(error))
             else:
                 good += 1
-                small = isinstance(record, TextRecord) and record.last and len(record.text) < least
-                if small:
-                    self.short += 1
-                else:
-                    yield where, record
+                for record in found:
+                    if _is_short(record, least):
+                        self.short += 1
+                    else:
+                        yield where, record
 
     def _route(self, number: int, document: Document) -> None:
         """To the side that the hash says; the train document of the least hash waits in reserve."""
@@ -211,8 +212,11 @@ class _Builder:
         self._release(self.train if self.val.docs or total < _MIN_DOCS_FOR_VAL else self.val)
         if not total:
             found = f"{self.bad.count} bad rows and {self.short} short texts, nothing else"
-            empty = not (self.bad.count or self.short)
-            raise UserError("there are no records" if empty else found, self.source)
+            if self.dropped:
+                found = f"{self.dropped} records are too long, {self.bad.count} bad; nothing is left"
+            empty = not (self.bad.count or self.short or self.dropped)
+            hint = "raise dataset.seq_len" if self.dropped else None
+            raise UserError("there are no records" if empty else found, self.source, hint)
         if not self.train.docs:
             raise UserError("all records fell into the validation split", self.source, "lower val_fraction")
 
@@ -223,6 +227,7 @@ class _Builder:
             "bad": self.bad.kept,
             "cut_chats": self.cut,
             "short_docs": self.short,
+            "dropped": self.dropped,
             "train": self.train.meta(),
             "val": self.val.meta(),
         }
@@ -232,7 +237,11 @@ def record_size(record: Any) -> int:
     """Characters of a record's text."""
     if isinstance(record, TextRecord):
         return len(record.text)
-    return sum(len(message["content"]) for message in record.messages)
+    return sum(len(message["content"]) for message in words(record))
+
+
+def _is_short(record: Record, least: int) -> bool:
+    return isinstance(record, TextRecord) and record.last and len(record.text) < least
 
 
 class _Writer:
@@ -241,7 +250,8 @@ class _Writer:
     def __init__(self, folder: Path, split: str, builder: _Builder) -> None:
         self.folder, self.split, self.builder = folder, split, builder
         self.offsets, self.variants = array("q", [0]), array("i")
-        self.docs = self.tokens = self.trained = self.bytes = self.stored = self.max_id = 0
+        self.splits, self.good = array("i"), array("B")
+        self.docs = self.tokens = self.trained = self.bytes = self.stored = self.max_id = self.shared = 0
 
     def __enter__(self) -> _Writer:
         self.token_file = (self.folder / f"{self.split}.tokens.bin").open("wb")
@@ -259,6 +269,11 @@ class _Writer:
         if self.builder.encode.drawn:
             table = np.frombuffer(self.variants, dtype=np.int32).reshape(-1, 4)
             np.save(self.folder / f"{self.split}.variants.npy", table)
+        if self.builder.options.kind == "preference":
+            table = np.frombuffer(self.splits, dtype=np.int32).reshape(-1, 2)
+            np.save(self.folder / f"{self.split}.splits.npy", table)
+        if self.builder.options.kind == "rated":
+            np.save(self.folder / f"{self.split}.good.npy", np.frombuffer(self.good, dtype=np.uint8))
 
     def add(self, document: Document) -> None:
         first = len(self.offsets) - 1
@@ -266,6 +281,11 @@ class _Writer:
             self.variants.extend(first + number for number in document.choice)
         for ids, mask in document.renderings:
             self._write(ids, mask)
+        if document.splits is not None:
+            self.splits.extend(number for split in document.splits for number in split)
+            self.shared += document.splits[document.choice[0]][0]
+        if document.good is not None:
+            self.good.extend([document.good] * len(document.renderings))
         ids, mask = document.renderings[document.choice[0]]
         self.docs += 1
         self.tokens += len(ids)
@@ -284,7 +304,9 @@ class _Writer:
         self.offsets.append(self.stored)
 
     def meta(self) -> dict[str, Any]:
+        pairs = {"shared_tokens": self.shared} if self.builder.options.kind == "preference" else {}
         return {
+            **pairs,
             "docs": self.docs,
             "tokens": self.tokens,
             "trained_tokens": self.trained,

@@ -9,6 +9,7 @@ dolly        {"instruction", "context"?, "response"}                          ->
 completion   {"prompt", "completion"}, text or messages                       -> ChatRecord
 preference   {"chosen", "rejected", "prompt"?}, text or messages              -> PreferenceRecord
 kto          {"prompt", "completion", "label": true|false}                    -> RatedRecord
+             (a preference pair too: chosen is good, rejected is not; see `records`)
 qa           {"question", "answer"}                                           -> PromptRecord, ChatRecord
 prompt       {"prompt", "answer"?}                                            -> PromptRecord, ChatRecord
 agent        {"conversations", "gt"}, or messages that end in a question, and "answer" -> PromptRecord
@@ -35,7 +36,7 @@ _WANTS = {
     "text": 'pretraining wants documents like {"text": "..."}',
     "chat": 'fine-tuning (sft) wants conversations like {"messages": [...]}',
     "preference": 'preference training wants pairs like {"prompt", "chosen", "rejected"}',
-    "rated": 'training on single ratings wants {"prompt", "completion", "label"}',
+    "rated": 'training on single ratings wants {"prompt", "completion", "label"} or pairs',
     "prompt": 'reinforcement learning wants prompts like {"question", "answer"}',
 }
 _HAS = {
@@ -45,8 +46,8 @@ _HAS = {
 _HINT = {
     "text": "plain text is for `kllm pretrain`",
     "chat": "conversations are for `kllm sft`",
-    "preference": "preference pairs are for preference training (dpo), not for this stage",
-    "rated": "rated answers are for preference training (kto), not for this stage",
+    "preference": "preference pairs are for `kllm dpo`",
+    "rated": "rated answers are for `kllm dpo` with loss kto",
     "prompt": "questions with answers are for sft or reinforcement learning",
 }
 
@@ -179,6 +180,18 @@ def normalise(obj: Any, want: Want, dialect: str | None = None) -> Record:
     return reader(obj)
 
 
+def records(obj: Any, want: Want) -> list[Record]:
+    """What one row gives: one record, or two ratings where `want` is "rated" and the row a pair.
+
+    Raises: as `normalise`.
+    """
+    if want == "rated" and detect(obj) == "preference":
+        pair = _pair(obj)
+        sides = ((pair.chosen, True), (pair.rejected, False))
+        return [RatedRecord(pair.prompt, answer, good, pair.tools) for answer, good in sides]
+    return [normalise(obj, want)]
+
+
 def _text(obj: Any) -> TextRecord:
     if isinstance(obj, TextChunk):
         return TextRecord(_sound(obj.text), obj.last)
@@ -200,11 +213,15 @@ def _sound(text: str) -> str:
     return text
 
 
-def _chat(messages: list[Message], tools: list[Any] | None) -> ChatRecord:
-    """Checks that there is something to learn; what follows the last answer is dropped."""
+def _sound_messages(messages: list[Message]) -> None:
     for message in messages:
         _sound(message["content"])
         _sound(message.get("reasoning_content", ""))
+
+
+def _chat(messages: list[Message], tools: list[Any] | None) -> ChatRecord:
+    """Checks that there is something to learn; what follows the last answer is dropped."""
+    _sound_messages(messages)
     end = len(messages)
     while end and messages[end - 1]["role"] != "assistant":
         end -= 1
@@ -321,15 +338,20 @@ def _unanswered(obj: Any) -> PromptRecord:
 
 def _pair(obj: dict[str, Any]) -> PreferenceRecord:
     prompt, chosen, rejected, tools = read_preference(obj)
+    _sound_messages([*prompt, *chosen, *rejected])
     return PreferenceRecord(prompt, chosen, rejected, _own_tools(obj) or tools)
 
 
 def _rated(obj: dict[str, Any]) -> RatedRecord:
-    if not isinstance(obj["label"], (bool, int)):
+    if obj["label"] not in (True, False):
         raise BadRow("label is neither true nor false")
     prompt, tools = _prompt(obj, "prompt")
     whole, _ = _prompt_and(obj, "prompt", obj["completion"], "completion")
-    return RatedRecord(prompt, whole[len(prompt) :], bool(obj["label"]), tools)
+    _sound_messages(whole)
+    completion = whole[len(prompt) :]
+    if not completion or completion[0]["role"] != "assistant":
+        raise BadRow("the completion is not an answer of the assistant")
+    return RatedRecord(prompt, completion, bool(obj["label"]), tools)
 
 
 _CHATS = ("openai", "minimind", "sharegpt")

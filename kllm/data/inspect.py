@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from kllm.data.build import BATCH_CHARS, BATCH_DOCS, KEPT_BAD_ROWS, record_size
-from kllm.data.encode import TextEncoder, encode_each
+from kllm.data.encode import EncodeOptions, encode_each
+from kllm.data.encode_pairs import encoder_for, sections
 from kllm.data.formats import (
     KIND,
     ChatRecord,
@@ -31,8 +32,12 @@ from kllm.errors import UserError
 from kllm.tokenizer.chat import ChatEncoder
 from kllm.tokenizer.tokenizer import Tokenizer
 
+WHOLE = 1 << 40  # a seq_len that every conversation fits
+PARTS = ("prompt", "chosen", "rejected")
 LIMITS = (256, 512, 1024, 2048, 4096)
 SAMPLE_TOKENS = 1024
+
+Part = tuple[str, list[int], list[bool]]  # name ("" unless it is of a pair), ids, mask
 
 
 @dataclass
@@ -47,6 +52,8 @@ class _Seen:
     chars: array[int] = field(default_factory=lambda: array("q"))
     tokens: array[int] = field(default_factory=lambda: array("q"))
     trained: int = 0
+    good: int = 0
+    parts: dict[str, array[int]] = field(default_factory=lambda: {name: array("q") for name in PARTS})
     sample: dict[str, Any] | None = None
 
     def refuse(self, where: str, reason: str) -> None:
@@ -72,9 +79,13 @@ def inspect_file(
         bad_rows (count), bad (list of {where, reason}, the first 100),
         chars {total, mean, min, p50, p90, p99, max}, tokens (alike, or None without a tokenizer),
         trained_tokens, unit ("tokens" or "chars"), histogram (list of {low, high, rows}, in `unit`),
-        fits {length: share of rows no longer than it, in `unit`},
-        sample {where, dialect, text, messages, ids, mask, pieces (the text of each id), truncated} or None;
-        ids, mask and pieces are [] without a tokenizer. The mask is True on trained tokens.
+        fits {length: share of rows no longer than it, in `unit`}; the length of a pair is its longer side's,
+        pairs (None for other kinds) {prompt, chosen, rejected (spreads like chars, in `unit`), chosen_longer
+        (share of the pairs), saved (share of the tokens that are computed once for both sides, not twice)},
+        good (share of the ratings; None for other kinds),
+        sample {where, dialect, text, messages, ids, mask, pieces (the text of each id), truncated,
+        sections} or None; ids, mask and pieces are [] without a tokenizer. The mask is True on trained
+        tokens. sections (of pairs) lists {name: prompt, chosen or rejected, messages, ids, mask, pieces}.
 
     Raises:
         UserError: nothing there to read, or no row that can be understood.
@@ -134,34 +145,45 @@ def _chars(record: Record) -> int:
     return record_size(record if isinstance(record, TextRecord) else _as_chat(record))
 
 
+def _messages(record: PreferenceRecord, name: str) -> list[Message]:
+    messages: list[Message] = getattr(record, name)
+    return messages
+
+
 class _Encoder:
-    """Ids and mask of any record."""
+    """Ids and mask of any record, in parts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._text = TextEncoder(tokenizer)
         self._chat: ChatEncoder | None = None
 
-    def __call__(self, records: list[Record]) -> Iterator[tuple[list[int], list[bool]] | BadRow]:
-        texts = [record for record in records if isinstance(record, TextRecord)]
-        if texts:
-            for document in self._text(texts):
-                if isinstance(document, BadRow):
-                    yield document
-                else:
-                    ids = document.renderings[0][0].tolist()
-                    yield ids, [True] * len(ids)
+    def __call__(self, records: list[Record]) -> Iterator[list[Part] | BadRow]:
+        kind = type(records[0]) if records else TextRecord
+        if kind in (TextRecord, PreferenceRecord, RatedRecord):
+            yield from self._documents(records, kind)
             return
         if self._chat is None:
             self._chat = ChatEncoder(self.tokenizer)
         chat = self._chat
         requests = [(_shown(record, chat.template), _as_chat(record).tools) for record in records]
-        if records and isinstance(records[0], PromptRecord):
+        if kind is PromptRecord:
             prompts = [chat.prompt(messages, tools) for messages, tools in requests]
-            yield from ((ids, [False] * len(ids)) for ids in prompts)
+            yield from ([("", ids, [False] * len(ids))] for ids in prompts)
         else:
             for result in encode_each(chat, requests):
-                yield result if isinstance(result, BadRow) else (result.ids, result.mask)
+                yield result if isinstance(result, BadRow) else [("", result.ids, result.mask)]
+
+    def _documents(self, records: list[Record], kind: type) -> Iterator[list[Part] | BadRow]:
+        """As they are stored for training."""
+        name = {PreferenceRecord: "preference", RatedRecord: "rated"}.get(kind, "text")
+        encode = encoder_for(name, self.tokenizer, EncodeOptions(WHOLE))
+        for found in encode(records):
+            if isinstance(found, BadRow):
+                yield found
+            else:
+                yield [
+                    (part, ids.tolist(), mask.astype(bool).tolist()) for part, ids, mask in sections(found)
+                ]
 
 
 def _shown(record: Record, template: str) -> list[Message]:
@@ -170,36 +192,57 @@ def _shown(record: Record, template: str) -> list[Message]:
 
 
 def _count(seen: _Seen, batch: list[tuple[str, str, Record]], encoder: _Encoder | None, sample: int) -> None:
-    results = encoder([record for _, _, record in batch]) if encoder else iter([([], [])] * len(batch))
-    for (where, dialect, record), result in zip(batch, results, strict=True):
-        if isinstance(result, BadRow):
-            seen.refuse(where, str(result))
+    results = encoder([record for _, _, record in batch]) if encoder else iter([[]] * len(batch))
+    for (where, dialect, record), parts in zip(batch, results, strict=True):
+        if isinstance(parts, BadRow):
+            seen.refuse(where, str(parts))
             continue
-        ids, mask = result
         if seen.rows == sample or seen.sample is None:
-            seen.sample = _sample(where, dialect, record, ids, mask, encoder)
+            seen.sample = _sample(where, dialect, record, parts, encoder)
         seen.rows += 1
         seen.dialects[dialect] += 1
         seen.chars.append(_chars(record))
+        if isinstance(record, PreferenceRecord):
+            sizes = {name: len(ids) for name, ids, _ in parts} if parts else _part_chars(record)
+            for name in PARTS:
+                seen.parts[name].append(sizes[name])
+        elif isinstance(record, RatedRecord):
+            seen.good += record.good
         if encoder is not None:
-            seen.tokens.append(len(ids))
-            seen.trained += sum(mask)
+            lengths = [len(ids) for _, ids, _ in parts]
+            seen.tokens.append(lengths[0] + max(lengths[1:], default=0))
+            seen.trained += sum(sum(mask) for _, _, mask in parts)
+
+
+def _part_chars(record: PreferenceRecord) -> dict[str, int]:
+    return {name: record_size(ChatRecord(_messages(record, name))) for name in PARTS}
 
 
 def _sample(
-    where: str, dialect: str, record: Record, ids: list[int], mask: list[bool], encoder: _Encoder | None
+    where: str, dialect: str, record: Record, parts: list[Part], encoder: _Encoder | None
 ) -> dict[str, Any]:
     text = record.text if isinstance(record, TextRecord) else ""
-    return {
+    shown = [_shown_part(*part, encoder) for part in parts]
+    whole = {key: [item for part in shown for item in part[key]] for key in ("ids", "mask", "pieces")}
+    found = {
         "where": where,
         "dialect": dialect,
         "text": text[: 4 * SAMPLE_TOKENS],
         "messages": _as_chat(record).messages,
-        "ids": ids[:SAMPLE_TOKENS],
-        "mask": mask[:SAMPLE_TOKENS],
-        "pieces": token_texts(encoder.tokenizer, ids[:SAMPLE_TOKENS]) if encoder else [],
-        "truncated": len(ids) > SAMPLE_TOKENS or len(text) > 4 * SAMPLE_TOKENS,
+        **whole,
+        "truncated": any(len(ids) > SAMPLE_TOKENS for _, ids, _ in parts) or len(text) > 4 * SAMPLE_TOKENS,
+        "sections": [],
     }
+    if isinstance(record, PreferenceRecord):
+        shown = shown or [_shown_part(name, [], [], None) for name in PARTS]
+        found["sections"] = [{**part, "messages": _messages(record, part["name"])} for part in shown]
+    return found
+
+
+def _shown_part(name: str, ids: list[int], mask: list[bool], encoder: _Encoder | None) -> dict[str, Any]:
+    ids = ids[:SAMPLE_TOKENS]
+    pieces = token_texts(encoder.tokenizer, ids) if encoder else []
+    return {"name": name, "ids": ids, "mask": mask[:SAMPLE_TOKENS], "pieces": pieces}
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -230,8 +273,18 @@ def _report(path: str, seen: _Seen, complete: bool) -> dict[str, Any]:
         "unit": "chars" if tokens is None else "tokens",
         "histogram": _histogram(lengths),
         "fits": {limit: float((lengths <= limit).mean()) for limit in LIMITS},
+        "pairs": _pairs(seen, tokens is not None) if seen.kind == "preference" else None,
+        "good": seen.good / seen.rows if seen.kind == "rated" else None,
         "sample": seen.sample,
     }
+
+
+def _pairs(seen: _Seen, tokens: bool) -> dict[str, Any]:
+    parts = {name: np.frombuffer(seen.parts[name], dtype=np.int64) for name in PARTS}
+    prompt, chosen, rejected = parts.values()
+    saved = float(prompt.sum() / (2 * prompt + chosen + rejected).sum()) if tokens else None
+    longer = float((chosen > rejected).mean())
+    return {**{name: _spread(part) for name, part in parts.items()}, "chosen_longer": longer, "saved": saved}
 
 
 def _spread(lengths: np.ndarray) -> dict[str, float]:

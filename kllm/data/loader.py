@@ -11,20 +11,21 @@ that lags most behind its share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kllm.data.batch import IGNORE, Batch
-from kllm.data.pack import Ints, RowPlan, plan_best_fit, plan_contiguous, plan_single, spans
+from kllm.data.assemble import Pieces, Window, assemble
+from kllm.data.batch import Batch
+from kllm.data.pack import Ints, RowPlan, plan_best_fit, plan_contiguous, plan_single
 from kllm.data.shards import Shard
 from kllm.errors import KllmError, UserError
 
 STATE_VERSION = 1
+Extras = Mapping[str, NDArray[Any]]  # annotations of one shard, by name
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class _Epoch:
         lengths = [shard.lengths(some) for shard, some in zip(shards, chosen, strict=True)]
         self._begins = np.concatenate([s.offsets[some] for s, some in zip(shards, chosen, strict=True)])
         self._lengths = np.concatenate(lengths)
+        self._renderings = np.concatenate(chosen)
         # The shard of document d is the number of bounds at or below d.
         self._bounds = np.cumsum([len(some) for some in chosen])[:-1]
         packer = plan_contiguous if layout.kind == "text" else plan_best_fit
@@ -56,31 +58,29 @@ class _Epoch:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def pieces(self, rows: Ints) -> _Pieces:
+    def pieces(self, rows: Ints) -> Pieces:
         chosen = self.plan.select(rows)
-        return _Pieces(
+        return Pieces(
             shards=np.searchsorted(self._bounds, chosen.docs, side="right"),
             begins=self._begins[chosen.docs] + chosen.starts,
             lengths=chosen.lengths,
             open=chosen.starts + chosen.lengths < self._lengths[chosen.docs],
+            renderings=self._renderings[chosen.docs],
         )
 
-
-@dataclass
-class _Pieces:
-    """Runs of tokens: in which shard, from where, how many, and whether the document goes on after."""
-
-    shards: Ints
-    begins: Ints
-    lengths: Ints
-    open: NDArray[np.bool_]
+    def check_whole(self) -> None:
+        """Refuses documents that are cut into several rows."""
+        if (self.plan.starts > 0).any():
+            longest, room = int(self._lengths.max()), self.plan.seq_len
+            reason = f"a document of {longest} tokens is longer than the {room} of a row and must stay whole"
+            raise UserError(reason, hint="raise dataset.seq_len")
 
 
 class _Stream:
     """The endless rows of one or more joined shards, and the cursor in them."""
 
-    def __init__(self, shards: Sequence[Shard], layout: Layout) -> None:
-        self.shards = list(shards)
+    def __init__(self, shards: Sequence[Shard], layout: Layout, extras: Sequence[Extras]) -> None:
+        self.shards, self.extras = list(shards), list(extras)
         self._layout = layout
         self.name = " + ".join(str(shard.meta.get("source", "data")) for shard in shards[:3])
         self.row = self.tokens = 0
@@ -118,9 +118,10 @@ class PackedSource:
         packing: False puts one document in a row (still without padding).
         kind: "text" rows are full and documents go on from row to row; "chat" documents stay whole.
         token_weights: loss weight of each label id [vocabulary], or None.
+        extras: one per shard, arrays [stored tokens, ...] by name (see annotate.py), for `Batch.extras`.
 
     Raises:
-        UserError: no rows, or fewer rows in a step than processes.
+        UserError: no rows, fewer rows in a step than processes, or extras for documents that are cut.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class PackedSource:
         packing: bool = True,
         kind: str | None = None,
         token_weights: np.ndarray | None = None,
+        extras: Sequence[Extras] | None = None,
     ) -> None:
         if rows_per_step < world:
             reason = f"a step has {rows_per_step} rows of {seq_len} tokens for {world} processes"
@@ -146,13 +148,19 @@ class PackedSource:
             raise UserError(f"{len(shards)} data sources with {len(weights)} weights")
         layout = Layout(kind or shards[0].kind, seq_len, packing, seed)
         joined = all(weight == 1.0 for weight in weights)
-        groups = [list(shards)] if joined else [[shard] for shard in shards]
-        self._streams = [_Stream(group, layout) for group in groups]
+        every = range(len(shards))
+        groups = [list(every)] if joined else [[number] for number in every]
+        notes = _fitting(shards, extras)
+        self._streams = [
+            _Stream([shards[n] for n in group], layout, [notes[n] for n in group]) for group in groups
+        ]
+        if any(notes):
+            self._check_whole()
         self._shares = np.array([1.0] if joined else weights)
         self._seq_len = seq_len
         self._rows_per_step, self._micro_rows = rows_per_step, max(1, micro_rows)
         self._rank, self._world = rank, world
-        self._token_weights = token_weights
+        self._kind, self._token_weights = layout.kind, token_weights
         hashes = [shard.meta.get("hash", len(shard.tokens)) for shard in shards]
         self._identity = [hashes, weights, layout.kind, seq_len, packing, seed]
 
@@ -196,6 +204,10 @@ class PackedSource:
         for stream, cursor in zip(self._streams, state["cursors"], strict=True):
             stream.seek(*cursor)
 
+    def _check_whole(self) -> None:
+        for stream in self._streams:
+            stream.epoch.check_whole()
+
     def _next(self) -> tuple[_Stream, _Epoch, int]:
         if len(self._streams) == 1:
             stream = self._streams[0]
@@ -204,95 +216,70 @@ class PackedSource:
             stream = self._streams[progress.index(min(progress))]
         return (stream, *stream.next_row())
 
-    def _batch(self, window: list[tuple[_Stream, _Epoch, int]]) -> Batch:
+    def _batch(self, rows: list[tuple[_Stream, _Epoch, int]]) -> Batch:
         """One micro-batch: runs of rows of one stream and epoch are looked up together."""
-        parts: list[_Pieces] = []
-        names: list[str] = []
-        shards: list[Shard] = []
+        window = Window()
         base: dict[int, int] = {}
         at = 0
-        while at < len(window):
-            stream, epoch, _ = window[at]
+        while at < len(rows):
+            stream, epoch, _ = rows[at]
             end = at
-            while end < len(window) and window[end][1] is epoch:
+            while end < len(rows) and rows[end][1] is epoch:
                 end += 1
-            rows = np.array([row for _, _, row in window[at:end]], dtype=np.int64)
-            pieces = epoch.pieces(rows)
+            numbers = np.array([row for _, _, row in rows[at:end]], dtype=np.int64)
+            pieces = epoch.pieces(numbers)
             if id(stream) not in base:
-                base[id(stream)] = len(shards)
-                shards += stream.shards
+                base[id(stream)] = len(window.shards)
+                window.shards += stream.shards
+                window.extras += stream.extras
             pieces.shards = pieces.shards + base[id(stream)]
-            parts.append(pieces)
-            names += [f"{stream.name} epoch {epoch.epoch} row {row}" for row in rows.tolist()]
+            window.parts.append(pieces)
+            window.names += [f"{stream.name} epoch {epoch.epoch} row {row}" for row in numbers.tolist()]
             at = end
-        return _assemble(shards, parts, names, self._token_weights)
+        return assemble(window, self._kind, self._token_weights)
+
+
+def _fitting(shards: Sequence[Shard], extras: Sequence[Extras] | None) -> list[Extras]:
+    """The annotations of each shard; all have the same names and a row for each stored token."""
+    if extras is None:
+        return [{} for _ in shards]
+    for shard, notes in zip(shards, extras, strict=True):
+        if notes.keys() != extras[0].keys() or any(len(note) != len(shard.tokens) for note in notes.values()):
+            raise ValueError(f"extras {sorted(notes)} do not fit {shard.meta.get('source', 'the shard')}")
+    return list(extras)
+
+
+def row_capacity(kind: str, seq_len: int) -> int:
+    """Tokens that a row holds: any pair whose sides have at most `seq_len` fits into two of them."""
+    return 2 * seq_len if kind == "preference" else seq_len
 
 
 def val_batches(
-    shard: Shard, seq_len: int, max_tokens: int, micro_rows: int, *, packing: bool = True
+    shard: Shard,
+    seq_len: int,
+    max_tokens: int,
+    micro_rows: int,
+    *,
+    packing: bool = True,
+    extras: Extras | None = None,
 ) -> list[Batch]:
-    """The first `max_tokens` tokens or so of the validation rows, the same ones every time; [] if empty."""
+    """The first `max_tokens` tokens or so of the validation rows, the same ones every time; [] if empty.
+
+    Args:
+        seq_len: as the training source's; rows of pairs hold twice as much.
+        extras: annotations of this shard.
+    """
     if not shard.docs:
         return []
-    epoch = _Epoch([shard], Layout(shard.kind, seq_len, packing), 0)
+    layout = Layout(shard.kind, row_capacity(shard.kind, seq_len), packing)
+    epoch = _Epoch([shard], layout, 0)
+    if extras or shard.kind in ("preference", "rated"):
+        epoch.check_whole()
     enough = int(np.searchsorted(np.cumsum(epoch.row_tokens), max_tokens)) + 1
     batches = []
     for first in range(0, min(enough, len(epoch)), micro_rows):
         rows = np.arange(first, min(first + micro_rows, enough, len(epoch)))
         names = [f"validation row {row}" for row in rows.tolist()]
-        batches.append(_assemble([shard], [epoch.pieces(rows)], names, None))
+        window = Window([shard], _fitting([shard], [extras or {}]), [epoch.pieces(rows)], names)
+        batches.append(assemble(window, shard.kind, None))
     return batches
-
-
-def _assemble(
-    shards: list[Shard], parts: list[_Pieces], names: list[str], token_weights: np.ndarray | None
-) -> Batch:
-    """Pieces to a batch, in whole-array operations: their number matters little."""
-    where = np.concatenate([part.shards for part in parts])
-    begins = np.concatenate([part.begins for part in parts])
-    lengths = np.concatenate([part.lengths for part in parts])
-    still_open = np.concatenate([part.open for part in parts])
-    ends = np.cumsum(lengths)
-    index = spans(begins, lengths)
-    owner = np.repeat(where, lengths) if len(shards) > 1 else None
-    tokens, trained = _gather(shards, index, owner)
-    labels = np.empty_like(tokens)
-    labels[:-1] = tokens[1:]
-    goes_on = np.flatnonzero(still_open)
-    next_owner = None if owner is None else where[goes_on]
-    follows, follows_trained = _gather(shards, (begins + lengths)[goes_on], next_owner)
-    labels[ends - 1] = IGNORE
-    labels[ends[goes_on] - 1] = follows
-    if trained is not None and follows_trained is not None:
-        keep = np.empty_like(trained)
-        keep[:-1] = trained[1:]
-        keep[ends[goes_on] - 1] = follows_trained
-        labels[keep == 0] = IGNORE
-    weights = None
-    if token_weights is not None:
-        weights = torch.from_numpy(token_weights[np.maximum(labels, 0)].astype(np.float32))
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        positions=torch.from_numpy(np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        weights=weights,
-        rows=names,
-    )
-
-
-def _gather(shards: list[Shard], index: Ints, owner: Ints | None) -> tuple[Ints, NDArray[np.uint8] | None]:
-    """(tokens, mask or None) at `index` of the shard `owner` (of the only shard if None)."""
-    if owner is None:
-        mask = shards[0].mask
-        return shards[0].tokens[index].astype(np.int64), None if mask is None else mask[index]
-    tokens = np.empty(len(index), dtype=np.int64)
-    masked = any(shard.mask is not None for shard in shards)
-    trained = np.ones(len(index), dtype=np.uint8) if masked else None
-    for number in np.unique(owner).tolist():
-        some = np.flatnonzero(owner == number)
-        tokens[some] = shards[number].tokens[index[some]]
-        mask = shards[number].mask
-        if trained is not None and mask is not None:
-            trained[some] = mask[index[some]]
-    return tokens, trained

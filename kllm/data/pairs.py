@@ -2,7 +2,8 @@
 
 Accepted: chosen and rejected as text, as one message, as the answering messages, or as two whole
 dialogues with a common beginning (MiniMind, UltraFeedback); the prompt as text, as messages, inside
-the dialogues, in `conversations`, or as the transcripts of HH-RLHF ("\\n\\nHuman: ...").
+the dialogues, in `conversations`, as an instruction with an input (Alpaca's rankings), or as the
+transcripts of HH-RLHF ("\\n\\nHuman: ...").
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def _holds(head: list[Message], prompt: list[Message]) -> bool:
 
 
 def _prompt(obj: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    raw = next((obj[k] for k in ("prompt", "conversations", "messages", "question") if obj.get(k)), None)
+    names = ("prompt", "conversations", "messages", "question", "instruction")
+    raw = next((obj[name] for name in names if obj.get(name)), None)
+    if isinstance(raw, str) and raw == obj.get("instruction"):
+        raw = "\n".join(part for part in (raw, obj.get("input")) if isinstance(part, str) and part.strip())
     tools = None
     if raw is None:
         messages: list[Message] = []

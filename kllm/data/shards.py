@@ -2,7 +2,8 @@
 
 A shard folder is keyed by the hash of the data, the tokenizer's fingerprint and the options that shape
 tokens. It holds `train` and `val`, each as tokens (uint16 or uint32), a mask for conversations, and
-document offsets; `meta.json` is written last and the folder appears in one rename.
+document offsets; `meta.json` is written last and the folder appears in one rename. A preference pair is
+one document, shared beginning | chosen | rejected, with the lengths of its parts in `splits`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,12 @@ from kllm.data.pack import generator
 from kllm.errors import UserError
 from kllm.tokenizer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from kllm.data.reasoning import ThinkOptions
+
 FORMAT = 1
 VAL_LIMIT = 1 << 26  # tokens of validation data held in memory when several sources are joined
-Kind = Literal["text", "chat"]
+Kind = Literal["text", "chat", "preference", "rated"]
 Progress = Callable[[str, int, int], None]  # (source, documents so far, tokens so far)
 
 
@@ -44,7 +48,11 @@ class Shard:
     tokens: ids of all renderings end to end; mask: uint8 alike, 1 where a token is trained, None for
     text (all are); offsets: int64 [renderings + 1]; variants: int32 [docs, 4] renderings of each record
     (plain, with system prompt, without empty think, both) or None if there is one of each.
+    splits: int32 [renderings, 2] of preference pairs: tokens of the shared beginning and of the chosen
+    answer (see encode_pairs.py); good: uint8 [renderings], the ratings of rated answers.
     meta: docs, tokens, trained_tokens, bytes, bad_rows, hash, kind, source ...
+    folder: where it lies and what is computed about it can be kept (of several joined, the first one's);
+    split: train or val.
     """
 
     tokens: NDArray[Any]
@@ -52,6 +60,10 @@ class Shard:
     mask: NDArray[np.uint8] | None = None
     variants: NDArray[np.int32] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    splits: NDArray[np.int32] | None = None
+    good: NDArray[np.uint8] | None = None
+    folder: Path | None = None
+    split: str = "train"
 
     @property
     def docs(self) -> int:
@@ -90,8 +102,10 @@ class Shard:
     @classmethod
     def empty(cls, kind: str) -> Shard:
         mask = None if kind == "text" else np.zeros(0, np.uint8)
+        splits = np.zeros((0, 2), np.int32) if kind == "preference" else None
+        good = np.zeros(0, np.uint8) if kind == "rated" else None
         meta = {"kind": kind, "docs": 0, "tokens": 0, "trained_tokens": 0, "bytes": 0, "bad_rows": 0}
-        return cls(np.zeros(0, np.uint16), np.zeros(1, np.int64), mask, None, meta)
+        return cls(np.zeros(0, np.uint16), np.zeros(1, np.int64), mask, None, meta, splits, good)
 
     @classmethod
     def open(cls, folder: Path, split: str = "train", vocab_size: int | None = None) -> Shard:
@@ -106,13 +120,21 @@ class Shard:
         count = meta["stored_tokens"]
         tokens = _map(folder / f"{split}.tokens.bin", np.dtype(meta["dtype"]), count)
         mask = None
-        if meta["kind"] == "chat":
+        if meta["kind"] != "text":
             mask = _map(folder / f"{split}.mask.bin", np.dtype("uint8"), count)
-        offsets = np.load(folder / f"{split}.offsets.npy", allow_pickle=False)
-        path = folder / f"{split}.variants.npy"
-        variants = np.load(path, allow_pickle=False) if path.exists() else None
-        shard = cls(tokens, offsets, mask, variants, meta)
-        if shard.docs != meta["docs"] or offsets[-1] != count:
+
+        def table(name: str) -> NDArray[Any]:
+            array: NDArray[Any] = np.load(folder / f"{split}.{name}.npy", allow_pickle=False)
+            return array
+
+        offsets = table("offsets")
+        variants = table("variants") if (folder / f"{split}.variants.npy").exists() else None
+        splits = table("splits") if meta["kind"] == "preference" else None
+        good = table("good") if meta["kind"] == "rated" else None
+        shard = cls(tokens, offsets, mask, variants, meta, splits, good, folder, split)
+        parts = [part for part in (splits, good) if part is not None]
+        whole = all(len(part) == len(offsets) - 1 for part in parts)
+        if shard.docs != meta["docs"] or offsets[-1] != count or not whole:
             raise ValueError("the parts of the shard do not fit together")
         if vocab_size is not None:
             shard.check_vocab(vocab_size)
@@ -133,6 +155,8 @@ class Shard:
             every = [part._all_variants() + first for part, first in zip(parts, firsts[:-1], strict=True)]
             variants = np.concatenate(every).astype(np.int32)
         masks = [part.mask for part in parts if part.mask is not None]
+        splits = [part.splits for part in parts if part.splits is not None]
+        good = [part.good for part in parts if part.good is not None]
         meta = {**parts[0].meta, "source": " + ".join(str(part.meta.get("source")) for part in parts)}
         for key in ("docs", "tokens", "trained_tokens", "bytes", "bad_rows"):
             meta[key] = sum(int(part.meta.get(key, 0)) for part in parts)
@@ -145,6 +169,10 @@ class Shard:
             np.concatenate(masks) if masks else None,
             variants,
             meta,
+            np.concatenate(splits) if splits else None,
+            np.concatenate(good) if good else None,
+            parts[0].folder,
+            parts[0].split,
         )
 
     def _all_variants(self) -> NDArray[np.int32]:
@@ -163,8 +191,16 @@ class Shard:
         stop = self.offsets[last]
         mask = None if self.mask is None else self.mask[:stop]
         docs = last if variants is None else len(variants)
-        meta = {**self.meta, "docs": docs, "tokens": int(stop)}
-        return Shard(self.tokens[:stop], self.offsets[: last + 1], mask, variants, meta)
+        return replace(
+            self,
+            tokens=self.tokens[:stop],
+            offsets=self.offsets[: last + 1],
+            mask=mask,
+            variants=variants,
+            meta={**self.meta, "docs": docs, "tokens": int(stop)},
+            splits=None if self.splits is None else self.splits[:last],
+            good=None if self.good is None else self.good[:last],
+        )
 
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
@@ -181,7 +217,9 @@ class Prepared:
     """What a stage trains on: one shard per source with its weight, and the validation data.
 
     stats: docs, tokens, trained_tokens, bytes, val_docs, val_tokens, bad_rows, bad (list of {where,
-    reason}), cut_chats, short_docs, dtype, seconds, and `sources`, the same by source with `cached`.
+    reason}), cut_chats (some turns left out), short_docs, dropped (pairs and ratings too long for
+    seq_len), dtype, seconds, and `sources`, the same by source with `cached`. Of preference pairs
+    also pairs and mean_shared, the mean number of tokens that the two sides of a pair share.
     """
 
     train: list[Shard]
@@ -204,6 +242,7 @@ def prepare(
     min_chars: int = 1,
     system_prompt_ratio: float = 0.0,
     keep_empty_think: float = 1.0,
+    think: ThinkOptions | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Prepared:
@@ -211,15 +250,18 @@ def prepare(
 
     A record belongs to the validation split if the hash of its content says so, whatever the seed and
     the order; a source of ten or more records gives at least one. With `val_data` nothing is split off.
+    Pairs and ratings of one prompt stay together.
 
     Args:
-        kind: text documents or conversations.
+        kind: text documents, conversations, preference pairs, or rated answers (each pair in the
+            data is then two of them).
         cache_dir: where shard folders are kept.
-        seq_len: longest conversation in tokens; texts may have any length.
+        seq_len: longest conversation in tokens (of a pair, each of the two); texts may have any length.
         max_bad_rows: bad rows to accept over all sources; see `formats.BadRow` and `encode`.
         max_bytes: read at most this much from each source.
         min_chars: shorter texts are passed over (counted as short_docs, not as bad).
-        seed: decides which of the system prompts a conversation may get.
+        think: what is done to reasoning; None leaves it as it is.
+        seed: decides which of the system prompts a conversation may get, and which ones `think` changes.
 
     Raises:
         UserError: a source is missing, unreadable, of another kind, or has too many bad rows.
@@ -230,24 +272,41 @@ def prepare(
 
     started = time.perf_counter()
     options = BuildOptions(kind, 0.0 if val_data else val_fraction, max_bytes, min_chars)
-    if kind == "chat":
-        drawn = seed if system_prompt_ratio > 0 else 0
-        options = replace(options, chat=EncodeOptions(seq_len, system_prompt_ratio, keep_empty_think, drawn))
+    if kind != "text":
+        drawn = seed if system_prompt_ratio > 0 or think is not None else 0
+        chat = EncodeOptions(seq_len, system_prompt_ratio, keep_empty_think, drawn, think)
+        options = replace(options, chat=chat)
+
+    def folder_of(path: str, bad_rows: int) -> tuple[Path, bool]:
+        return build(path, tokenizer, options, Path(cache_dir), bad_rows, progress)
+
+    every = [*((source, False) for source in sources), *((source, True) for source in val_data)]
+    train, val, rows = _open_all(every, folder_of, tokenizer.vocab_size, max_bad_rows)
+    joined = Shard.concat(val) if any(shard.docs for shard in val) else Shard.empty(kind)
+    stats = _stats(rows, train, joined) | {"seconds": time.perf_counter() - started}
+    return Prepared(train, [float(source.weight) for source in sources], joined, stats)
+
+
+def _open_all(
+    sources: Sequence[tuple[SourceLike, bool]],
+    folder_of: Callable[[str, int], tuple[Path, bool]],
+    vocab_size: int,
+    max_bad_rows: int,
+) -> tuple[list[Shard], list[Shard], list[dict[str, Any]]]:
+    """(training shards, validation shards, facts by source) of (source, whether it is for validation)."""
     train: list[Shard] = []
     val: list[Shard] = []
     rows: list[dict[str, Any]] = []
     left = max_bad_rows
-    for source, is_val in [*((s, False) for s in sources), *((s, True) for s in val_data)]:
-        folder, cached = build(source.path, tokenizer, options, Path(cache_dir), left, progress)
-        shard = Shard.open(folder, "train", tokenizer.vocab_size)
+    for source, is_val in sources:
+        folder, cached = folder_of(source.path, left)
+        shard = Shard.open(folder, "train", vocab_size)
         left -= shard.meta["bad_rows"]
         (val if is_val else train).append(shard)
         if not is_val:
             val.append(Shard.open(folder, "val"))
         rows.append(_row(source, shard, cached=cached, validation=is_val))
-    joined = Shard.concat(val) if any(shard.docs for shard in val) else Shard.empty(kind)
-    stats = _stats(rows, train, joined) | {"seconds": time.perf_counter() - started}
-    return Prepared(train, [float(source.weight) for source in sources], joined, stats)
+    return train, val, rows
 
 
 def _row(source: SourceLike, shard: Shard, **facts: bool) -> dict[str, Any]:
@@ -259,7 +318,11 @@ def _stats(rows: list[dict[str, Any]], train: list[Shard], val: Shard) -> dict[s
     totals = ("docs", "tokens", "trained_tokens", "bytes")
     stats: dict[str, Any] = {key: sum(int(shard.meta[key]) for shard in train) for key in totals}
     stats |= {"val_docs": val.docs, "val_tokens": val.meta["tokens"], "dtype": train[0].meta["dtype"]}
-    stats |= {key: sum(row[key] for row in rows) for key in ("bad_rows", "cut_chats", "short_docs")}
+    counts = ("bad_rows", "cut_chats", "short_docs", "dropped")
+    stats |= {key: sum(row.get(key, 0) for row in rows) for key in counts}
+    if train[0].kind == "preference":
+        shared = sum(int(shard.meta["shared_tokens"]) for shard in train)
+        stats |= {"pairs": stats["docs"], "mean_shared": shared / max(1, stats["docs"])}
     stats["bad"] = [entry for row in rows for entry in row["bad"]]
     stats["sources"] = rows
     return stats

@@ -1,6 +1,6 @@
 """From the name of a data source to a stream of records.
 
-A source is a file, a directory, a glob, `builtin:world/SPLIT` or a hub id (see hub.py). Reading is
+A source is a file, a directory, a glob, `builtin:SUBJECT/SPLIT` or a hub id (see hub.py). Reading is
 lazy and takes constant memory whatever the size; each record comes with its place (`file:line`).
 """
 
@@ -20,8 +20,12 @@ from kllm.data import hub
 from kllm.data.readers import KNOWN, OnBad, file_kind, read_file
 from kllm.errors import UserError
 
-BUILTIN_SPLITS = ("pretrain", "sft", "preference", "rl", "tools", "eval")
-_BUILTIN = "builtin:world/"
+BUILTIN = {
+    "world": ("pretrain", "sft", "preference", "rl", "tools", "eval", "preference-eval"),
+    "identity": ("sft", "eval"),
+    "reasoning": ("sft", "eval"),
+}
+_PREFIX = "builtin:"
 _GLOB = frozenset("*?[")
 _RACY_SECONDS = 2.0
 
@@ -61,7 +65,7 @@ def expand(source: str | Path) -> list[Path]:
     """The data files that a source means, sorted; [] for a builtin source. Fetches hub data sets."""
     text = str(source)
     if is_builtin(text):
-        _builtin_split(text)
+        _builtin_parts(text)
         return []
     path = Path(text).expanduser()
     if path.exists():
@@ -79,7 +83,7 @@ def expand(source: str | Path) -> list[Path]:
 
 
 def is_builtin(source: str) -> bool:
-    return source.startswith("builtin:")
+    return source.startswith(_PREFIX)
 
 
 def content_hash(source: str | Path, *, memo: Path | None = None) -> str:
@@ -92,7 +96,7 @@ def content_hash(source: str | Path, *, memo: Path | None = None) -> str:
     text = str(source)
     total = hashlib.blake2b(digest_size=16)
     if is_builtin(text):
-        total.update(_builtin_split(text).encode())
+        total.update("/".join(_builtin_parts(text)).encode())
         for code in sorted((Path(__file__).parent / "builtin").rglob("*.py")):
             total.update(code.read_bytes())
         return total.hexdigest()
@@ -136,22 +140,24 @@ def _missing(path: Path) -> UserError:
     return UserError("no such file or directory", str(path), hint)
 
 
-def _builtin_split(source: str) -> str:
-    split = source[len(_BUILTIN) :] if source.startswith(_BUILTIN) else ""
-    if split in BUILTIN_SPLITS:
-        return split
-    close = difflib.get_close_matches(source, [_BUILTIN + name for name in BUILTIN_SPLITS], n=1, cutoff=0.0)
-    known = " ".join(BUILTIN_SPLITS)
-    hint = f"did you mean {close[0]}? known splits of world: {known}"
+def _builtin_parts(source: str) -> tuple[str, str]:
+    """(subject, split) of the name of a built-in source."""
+    subject, _, split = source[len(_PREFIX) :].partition("/")
+    if split in BUILTIN.get(subject, ()):
+        return subject, split
+    names = [f"{_PREFIX}{subject}/{split}" for subject, splits in BUILTIN.items() for split in splits]
+    close = difflib.get_close_matches(source, names, n=1, cutoff=0.0)
+    known = " ".join(BUILTIN.get(subject) or BUILTIN["world"])
+    hint = f"did you mean {close[0]}? known splits of {subject if subject in BUILTIN else 'world'}: {known}"
     raise UserError("no such built-in data", source, hint)
 
 
 def _iter_builtin(source: str, max_bytes: int | None) -> Iterator[tuple[str, Any]]:
-    split = _builtin_split(source)
+    subject, split = _builtin_parts(source)
     from kllm.data.builtin import generate
 
     used = 0
-    for number, record in enumerate(generate(split), start=1):
+    for number, record in enumerate(generate(split, subject=subject), start=1):
         if max_bytes is not None:
             used += len(json.dumps(record, ensure_ascii=False).encode())
             if used > max_bytes:

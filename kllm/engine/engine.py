@@ -24,6 +24,7 @@ from kllm.engine.stepper import Stepper
 from kllm.engine.stream import EventStream
 from kllm.errors import UserError
 from kllm.model.decode import Prepared, ScratchCache, prepare
+from kllm.model.decode_adapters import AdapterWeights
 from kllm.model.presets import count_parameters
 from kllm.model.transformer import Transformer
 
@@ -135,10 +136,53 @@ class Engine:
         return DraftModel(prepare(draft, weights=weights), speculate or 4, memory)
 
     def reload(self, model: Transformer) -> None:
-        """Takes new weights of the same shape; what was cached with the old ones is forgotten."""
+        """Takes new weights of the same shape; what was cached with the old ones is forgotten.
+
+        Adapters stay, on top of the new weights.
+        """
         self.scheduler.preempt_all()  # they go on with the new weights, from their first token
         self.prepared.reload(model)
         self.scheduler.prefix.clear()
+
+    # -- adapters ------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names that `SamplingParams.adapter` may say."""
+        return list(self.prepared.adapters.numbers)
+
+    def add_adapter(self, name: str, weights: AdapterWeights) -> None:
+        """Takes in a LoRA that requests may choose; those of one step may all have different ones.
+
+        Args:
+            name: what requests call it.
+            weights: from `kllm.export.adapter_weights`, or of a model in training.
+
+        Raises:
+            UserError: the name is taken, another model's adapter, one that can only be merged.
+        """
+        self.prepared.adapters.add(name, weights)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forgets an adapter.
+
+        Raises:
+            UserError: there is none of that name, or an unfinished request has it.
+        """
+        number = self._adapter(name)
+        if any(r.adapter == number for r in (*self.scheduler.running, *self.scheduler.waiting)):
+            raise UserError("is in use", where=f"adapter {name}", hint="let its requests end first")
+        self.prepared.adapters.remove(name)
+
+    def _adapter(self, name: str | None) -> int:
+        """The number of an adapter, 0 for None; UserError for an unknown one."""
+        if name is None:
+            return 0
+        number: int | None = self.prepared.adapters.numbers.get(name)
+        if number is None:
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(f"no adapter is called {name!r}", where="adapter", hint=f"there are: {known}")
+        return number
 
     # -- the asynchronous face: submit, step, cancel -------------------------------------------------
 
@@ -146,8 +190,8 @@ class Engine:
         """Whether `submit` would take this. Pure, for any thread.
 
         Raises:
-            UserError: empty prompt, ids outside the vocabulary, a prompt longer than the context, or
-                stop strings without a tokenizer.
+            UserError: empty prompt, ids outside the vocabulary, a prompt longer than the context,
+                stop strings without a tokenizer, or an unknown adapter.
         """
         vocab = self.shape.vocab_size
         if not prompt_ids:
@@ -161,6 +205,7 @@ class Engine:
                 where="prompt",
                 hint="shorten the prompt",
             )
+        self._adapter(params.adapter)
         if params.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer", where="stop")
         biased = [token for token, _ in params.logit_bias]
@@ -182,8 +227,9 @@ class Engine:
         self.check(prompt, params)
         limit = min(params.max_tokens, self.max_context - len(prompt))
         scored = params.prompt_logprobs is not None
+        vocab, number = self.shape.vocab_size, self._adapter(params.adapter)
         request = Request(
-            self._next_id, prompt, params, self.tokenizer, max(limit, int(scored)), self.shape.vocab_size
+            self._next_id, prompt, params, self.tokenizer, max(limit, int(scored)), vocab, number
         )
         self._next_id += 1
         self._prompt_tokens += len(prompt)
@@ -256,7 +302,7 @@ class Engine:
         return f"KV {mib:,.0f} MiB = {tokens:,} tokens, {self.scheduler.max_running} rows"
 
     @torch.inference_mode()
-    def embed(self, prompt_ids: Sequence[int], pooling: str = "mean") -> Tensor:
+    def embed(self, prompt_ids: Sequence[int], pooling: str = "mean", adapter: str | None = None) -> Tensor:
         """A vector of a text: the mean of its last hidden states, or the last of them.
 
         Returns:
@@ -265,11 +311,13 @@ class Engine:
         Raises:
             UserError: as `check`.
         """
-        self.check(prompt_ids, SamplingParams())
+        self.check(prompt_ids, SamplingParams(adapter=adapter))
         ids = torch.tensor(list(prompt_ids), dtype=torch.int64, device=self.device)
         self.prepared.ensure_context(len(ids))
         positions = torch.arange(len(ids), device=self.device)
-        hidden = self.prepared(ids, positions, ScratchCache()).float()
+        number = self._adapter(adapter)
+        chosen = self.prepared.adapters.choose([number], [len(ids)]) if number else None
+        hidden = self.prepared(ids, positions, ScratchCache(), chosen).float()
         return hidden[-1] if pooling == "last" else hidden.mean(0)
 
     # -- the synchronous face ------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class SamplingParams:
     ones, `prompt_logprobs` for those of the prompt's tokens, from the model's own distribution (before
     penalties, bias, temperature and filters). `constraint` is a grammar that the answer obeys.
     `shown_special_ids` are control tokens whose text stays in the text. `salt` keeps the prefix cache of
-    one tenant apart from another's.
+    one tenant apart from another's. `adapter` is the name of one that the engine has; None is the base.
 
     Raises:
         UserError: a value outside its range; `where` is the field's name.
@@ -57,6 +57,7 @@ class SamplingParams:
     constraint: Constraint | None = None
     shown_special_ids: tuple[int, ...] = ()
     salt: str = ""
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 or more")

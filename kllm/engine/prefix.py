@@ -1,14 +1,14 @@
 """The prefix cache: keys and values of token sequences that were computed before, page by page.
 
-A trie of pages of 16 tokens, one root per tenant (`salt`): a node's place says which tokens come before
-it, so equal tokens after different beginnings are never confused. Pages are copies (a memcpy is 100 times
-faster than computing them), evicted in order of last use, leaves first.
+A trie of pages of 16 tokens, one root per tenant (a salt and an adapter): a node's place says which tokens
+come before it, so equal tokens after different beginnings are never confused. Pages are copies (a memcpy is
+100 times faster than computing them), evicted in order of last use, leaves first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class PrefixCache:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._roots: dict[str, _Node] = {}
-        self._salts: dict[_Node, str] = {}
+        self._roots: dict[Hashable, _Node] = {}
+        self._tenants: dict[_Node, Hashable] = {}
         self._used: OrderedDict[_Node, None] = OrderedDict()
         self.nbytes = 0
 
@@ -69,9 +69,9 @@ class PrefixCache:
         """Pages held."""
         return len(self._used)
 
-    def match(self, salt: str, ids: Sequence[int], limit: int) -> tuple[int, list[_Node]]:
+    def match(self, tenant: Hashable, ids: Sequence[int], limit: int) -> tuple[int, list[_Node]]:
         """The longest known beginning of `ids`, at most `limit` tokens: its length and its pages."""
-        node = self._roots.get(salt)
+        node = self._roots.get(tenant)
         found: list[_Node] = []
         at = 0
         while node is not None and at < limit:
@@ -111,14 +111,14 @@ class PrefixCache:
                 into.copy_(part[:, :, :, : upto - at])
 
     @torch.inference_mode()
-    def store(self, salt: str, ids: Sequence[int], row: Row, room: int) -> None:
+    def store(self, tenant: Hashable, ids: Sequence[int], row: Row, room: int) -> None:
         """Keeps the keys and values of `ids`, which `row` holds, as far as `room` bytes more allow."""
         if not self.enabled or not ids:
             return
-        root = self._roots.get(salt)
+        root = self._roots.get(tenant)
         if root is None:
-            root = self._roots[salt] = _Node(None, (), [])
-            self._salts[root] = salt
+            root = self._roots[tenant] = _Node(None, (), [])
+            self._tenants[root] = tenant
         node = root
         path: list[_Node] = []
         for at in range(0, len(ids), PAGE):
@@ -158,7 +158,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forgets everything."""
         self._roots.clear()
-        self._salts.clear()
+        self._tenants.clear()
         self._used.clear()
         self.nbytes = 0
 
@@ -172,8 +172,8 @@ class PrefixCache:
         self._drop_empty(node.parent)
 
     def _drop_empty(self, root: _Node) -> None:
-        if root.parent is None and not root.children and root in self._salts:
-            del self._roots[self._salts.pop(root)]
+        if root.parent is None and not root.children and root in self._tenants:
+            del self._roots[self._tenants.pop(root)]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

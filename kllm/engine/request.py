@@ -28,6 +28,7 @@ class Request:
         tokenizer: turns tokens into text; None leaves the text empty.
         limit: most tokens the answer may have, from `max_tokens` and the context.
         vocab: number of logits.
+        adapter: number of its adapter, 0 for the base.
 
     `tokens` are prompt and answer; the keys and values of the first `computed` of them are in `row`.
     """
@@ -40,8 +41,12 @@ class Request:
         tokenizer: Tokenizer | None,
         limit: int,
         vocab: int,
+        adapter: int = 0,
     ) -> None:
         self.number, self.prompt, self.params, self.limit = number, prompt, params, limit
+        self.adapter = adapter
+        self.tenant = (params.salt, adapter)
+        """Whose keys and values it may use: an adapter makes its own from the same tokens."""
         self.tokens = list(prompt)
         self.row: Row | None = None
         self.computed = 0

@@ -84,7 +84,7 @@ class Scheduler:
             if room < wanted:
                 self.prefix.evict(wanted - room)
                 room = self.rows.budget - self.rows.held_bytes - self.prefix.nbytes
-        self.prefix.store(request.params.salt, ids, row, max(room, 0))
+        self.prefix.store(request.tenant, ids, row, max(room, 0))
 
     def preempt_all(self) -> None:
         """Every running request starts again from its tokens, in order."""
@@ -109,7 +109,7 @@ class Scheduler:
             ids = request.tokens
             # the last token must be computed for its logits; prompt log-probabilities need all of them
             limit = len(ids) - 1 if request.params.prompt_logprobs is None or request.drawn else 0
-            known, pages = self.prefix.match(request.params.salt, ids, limit)
+            known, pages = self.prefix.match(request.tenant, ids, limit)
             if self._comes_soon(request, known, limit):
                 continue
             row = self._allocate(min(len(ids) + 1, self.rows.longest))
@@ -132,7 +132,7 @@ class Scheduler:
         upto = min(known - known % PAGE + PAGE, limit)
         return upto > known and any(
             other.computed < upto < len(other.tokens)
-            and other.params.salt == request.params.salt
+            and other.tenant == request.tenant
             and other.tokens[:upto] == request.tokens[:upto]
             for other in self.running
         )

@@ -23,8 +23,11 @@ _NOT_FINITE = "the model's logits are not finite: its weights are damaged or its
 class Decoder(Protocol):
     """What a step needs of a model; `kllm.model.decode.Prepared` is one."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Hidden states [N, H] of a flat row of tokens int64 [N]."""
+    adapters: Any
+    """See `kllm.model.decode_adapters.Adapters`; only asked when a request has an adapter."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: Any, chosen: Any = None) -> Tensor:
+        """Hidden states [N, H] of a flat row of tokens int64 [N], each with its adapter."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -132,7 +135,11 @@ class Stepper:
         self.model.ensure_context(max(positions) + 1)
         self.cache.begin([segment for segment, _ in placed])
         self.computed_tokens += len(tokens)
-        return self.model(self._tensor(tokens), self._tensor(positions), self.cache)
+        row = self._tensor(tokens), self._tensor(positions), self.cache
+        adapters = [r.adapter for _, r in placed]
+        if not any(adapters):
+            return self.model(*row)
+        return self.model(*row, self.model.adapters.choose(adapters, [s.count for s, _ in placed]))
 
     def _prompt_logprobs(self, request: Request, segment: Segment, hidden: Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow those of `segment`."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _NUMBER = re.compile(r"-?\d+")
 _STOPS = ".。!！"
+_HAN = re.compile(r"[\u3400-\u9fff]")
+_SAMPLES = 20  # answers kept in a result
 
 
 def normalise(text: str) -> str:
@@ -33,6 +35,32 @@ def exact(answer: str, expected: str) -> bool:
     if _NUMBER.fullmatch(expected.strip()):
         return final_answer(answer) == expected.strip()
     return normalise(answer) == normalise(expected)
+
+
+def names_all(answer: str, must: Sequence[Sequence[str]], never: Sequence[str] = ()) -> bool:
+    """Whether the answer has one phrase of each group of `must`, and none of `never`; whole words only."""
+    said = normalise(answer)
+    return all(any(_has(said, phrase) for phrase in group) for group in must) and not any(
+        _has(said, phrase) for phrase in never
+    )
+
+
+def _has(said: str, phrase: str) -> bool:
+    phrase = normalise(phrase)
+    edges = (r"\b" * phrase[:1].isascii(), r"\b" * phrase[-1:].isascii())  # Chinese has no word borders
+    return re.search(f"{edges[0]}{re.escape(phrase)}{edges[1]}", said, re.ASCII) is not None
+
+
+def language_of(text: str) -> str:
+    """ "zh" if there is any Chinese character, else "en"."""
+    return "zh" if _HAN.search(text) else "en"
+
+
+def shown(marks: Sequence[bool]) -> list[int]:
+    """Which answers to show: half mistakes (where there are any), half right ones, in the order asked."""
+    wrong = [i for i, mark in enumerate(marks) if not mark][: _SAMPLES // 2]
+    right = [i for i, mark in enumerate(marks) if mark][: _SAMPLES - len(wrong)]
+    return sorted(wrong + right)
 
 
 def tally(marks: Iterable[tuple[str, str, bool]]) -> dict[str, Any]:

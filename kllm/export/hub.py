@@ -20,6 +20,7 @@ _TOKENIZER = [name for name in TOKENIZER_FILES if name not in _PAIR]
 _FILES = {
     "config": ["config.json"],
     "tokenizer": _TOKENIZER,
+    "adapter": ["adapter_config.json", "adapter_model.safetensors"],
     "model": ["config.json", *_TOKENIZER, "model.safetensors", "model-*.safetensors", "*.index.json"],
 }
 """What is fetched of a repository, whatever else is in it: other formats of the same weights, above all."""
@@ -37,7 +38,7 @@ def fetch(name: str, what: str = "model") -> Path:
 
     Args:
         name: OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME/FILE.gguf.
-        what: `model`, or only its `config` or its `tokenizer`.
+        what: `model`, or only its `config` or its `tokenizer`; or an `adapter`.
 
     Raises:
         UserError: no such repository, revision or file, or not without a token; nothing cached offline.
@@ -89,7 +90,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
 def _second_choice(place: Path, what: str) -> list[str]:
     """What to ask for because the usual form of it was not there."""
     weights = _BIN if what == "model" and not any(place.glob("*.safetensors")) else []
-    pair = _PAIR if what != "config" and not (place / "tokenizer.json").exists() else []
+    pair = _PAIR if what in ("model", "tokenizer") and not (place / "tokenizer.json").exists() else []
     return [*weights, *pair]
 
 
@@ -97,6 +98,9 @@ def _lacking(place: Path, what: str) -> str | None:
     if what == "tokenizer":
         found = any((place / name).exists() for name in ("tokenizer.json", "vocab.json"))
         return None if found else "the repository has no tokenizer.json"
+    if what == "adapter":
+        missing = [name for name in _FILES["adapter"] if not (place / name).exists()]
+        return f"the repository has no {missing[0]}: no LoRA adapter" if missing else None
     if not (place / "config.json").exists():
         return "the repository has no config.json: no model that can be read"
     weights = what == "config" or any(place.glob("*.safetensors")) or any(place.glob("*.bin"))

@@ -9,18 +9,20 @@ Rotary embedding in float32 turns pairs by one complex product: the rows of q an
 lies side by side. Keys in the cache are therefore in another order than `Transformer`'s; no dot product
 notices.
 
-A per-row low-rank term (LoRA beside a shared base) belongs into `decode_layers.Projection`, nowhere else.
+Adapters chosen per token (LoRA beside a shared base) are added in `decode_layers.Projection`, nowhere else;
+`decode_adapters` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kllm.errors import UserError
+from kllm.model.decode_adapters import Adapters, Chosen, Site
 from kllm.model.decode_layers import GatedMLP, Norm, PreparedBlock, Projection, Rotation, StepCache
 from kllm.model.decode_moe import GroupedExperts, LoopExperts, PreparedMoE, Router
 from kllm.model.decode_probe import Choice, choose
@@ -44,6 +46,7 @@ class Prepared(nn.Module):
         shape, device: the model's.
         dtype: of activations, keys and values.
         weights: "fp32", "bf16", "fp16", "int8" or "int4".
+        adapters: what tokens may choose beside the model itself.
     """
 
     def __init__(self, model: Transformer, weights: str, own: bool, kernel: str | None) -> None:
@@ -59,6 +62,7 @@ class Prepared(nn.Module):
             low = torch.float32 if self.device.type == "cpu" else native
             self.dtype = FLOATS.get(weights, low)
         self.pairs = self.dtype == torch.float32
+        self.adapters = Adapters(self.shape, self.dtype, self.device)
         options = candidates(self.weights, self.dtype)
         matrices = _matrices(model)
         if sum(m.nbytes for m in matrices) > _TWICE_BYTES and kernel is None:
@@ -92,6 +96,8 @@ class Prepared(nn.Module):
     def reload(self, model: Transformer, own: bool = False) -> None:
         """Takes over the weights of `model` (same shape, device and dtype as the first), layer by layer.
 
+        Adapters stay.
+
         Args:
             own: empties the model's matrices on the way, as in `prepare`.
         """
@@ -99,20 +105,24 @@ class Prepared(nn.Module):
             raise ValueError("reload needs a model of the same shape")
         with torch.no_grad():
             self._fill(model, own)
+            self.adapters.refit()
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, positions: Tensor, cache: StepCache) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache: StepCache, chosen: Chosen | None = None
+    ) -> Tensor:
         """Hidden states after the final norm, [N, H].
 
         Args:
             tokens: int64 [N], all tokens of this step, sequences one after another.
             positions: int64 [N], below the table length (`ensure_context`).
             cache: knows which tokens belong together; `attend` is called once per layer.
+            chosen: the adapters of these tokens (`adapters.choose`), None if none has one.
         """
         x = self._embed.index_select(0, tokens).to(self.dtype)
         rotation = Rotation(self._rope, positions, self.pairs)
         for block in self._blocks:
-            x = block(x, rotation, cache)
+            x = block(x, rotation, cache, chosen)
         return self._norm(x)
 
     @torch.inference_mode()
@@ -123,6 +133,7 @@ class Prepared(nn.Module):
     # -- layout --------------------------------------------------------------------------------------
 
     def _fill(self, model: Transformer, own: bool) -> None:
+        self.adapters.clear_sites()
         self._norm = self._norm_of(model.model.norm)
         self._embed = model.model.embed_tokens.weight.detach()  # for look-up: always as loaded
         for i, block in enumerate(model.model.layers):
@@ -134,16 +145,18 @@ class Prepared(nn.Module):
 
     def _block(self, block: Block, own: bool) -> PreparedBlock:
         s, attention = self.shape, block.self_attn
+        at = f"model.layers.{attention.layer}."
+        feed = block.mlp
         return PreparedBlock(
             attention.layer,
             (s.num_attention_heads, s.num_key_value_heads, s.head_dim),
             (
                 self._norm_of(block.input_layernorm),
-                self._qkv(attention, own),
+                self._qkv(attention, own, f"{at}self_attn."),
                 self._qk_norm(attention),
-                self._projection([attention.o_proj.weight], None, own),
+                self._projection([attention.o_proj.weight], None, own, names=[f"{at}self_attn.o_proj"]),
                 self._norm_of(block.post_attention_layernorm),
-                self._moe(block.mlp, own) if isinstance(block.mlp, MoE) else self._mlp(block.mlp, own),
+                (self._moe if isinstance(feed, MoE) else self._mlp)(feed, own, f"{at}mlp."),
             ),
             attention.rope,
         )
@@ -157,14 +170,15 @@ class Prepared(nn.Module):
         index = torch.arange(D, device=self.device)
         return index.view(2, D // 2).t().flatten() if self.pairs else index
 
-    def _qkv(self, attention: Attention, own: bool) -> Projection:
+    def _qkv(self, attention: Attention, own: bool, at: str) -> Projection:
         s, order = self.shape, self._order()
         turned = s.num_attention_heads + s.num_key_value_heads
         rows = torch.arange(s.q_size + 2 * s.kv_size, device=self.device).view(-1, s.head_dim)
         rows = torch.cat((rows[:turned, order], rows[turned:])).flatten()
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         bias = torch.cat([p.bias.detach() for p in parts])[rows] if s.attention_bias else None
-        return self._projection([p.weight for p in parts], bias, own, rows)
+        names = [f"{at}{letter}_proj" for letter in "qkv"]
+        return self._projection([p.weight for p in parts], bias, own, rows, names=names)
 
     def _qk_norm(self, attention: Attention) -> Norm | None:
         if attention.q_norm is None or attention.k_norm is None:
@@ -174,15 +188,19 @@ class Prepared(nn.Module):
         weight = torch.cat((q.expand(s.num_attention_heads, -1), k.expand(s.num_key_value_heads, -1)))
         return Norm(weight, attention.q_norm.eps, self.dtype)
 
-    def _mlp(self, mlp: nn.Module, own: bool) -> GatedMLP:
+    def _mlp(self, mlp: nn.Module, own: bool, at: str) -> GatedMLP:
         assert isinstance(mlp, MLP)
+        wide = [mlp.gate_proj.weight, mlp.up_proj.weight]
         return GatedMLP(
-            self._projection([mlp.gate_proj.weight, mlp.up_proj.weight], None, own),
-            self._projection([mlp.down_proj.weight], None, own),
+            self._projection(wide, None, own, names=[f"{at}gate_proj", f"{at}up_proj"]),
+            self._projection([mlp.down_proj.weight], None, own, names=[f"{at}down_proj"]),
         )
 
-    def _moe(self, moe: MoE, own: bool) -> PreparedMoE:
-        shared = None if moe.shared_expert is None else self._mlp(moe.shared_expert, own)
+    def _moe(self, moe: nn.Module, own: bool, at: str) -> PreparedMoE:
+        assert isinstance(moe, MoE)
+        shared = (
+            None if moe.shared_expert is None else self._mlp(moe.shared_expert, own, f"{at}shared_expert.")
+        )
         gate = moe.shared_expert_gate
         gate_weight = None if gate is None else gate.weight.detach().to(self.dtype)
         router = Router(moe.gate.weight.detach().to(self.dtype), self.shape)
@@ -204,17 +222,27 @@ class Prepared(nn.Module):
         own: bool,
         rows: Tensor | None = None,
         choice: Choice | None = None,
+        names: Sequence[str] = (),
     ) -> Projection:
-        """The matrices one under another (their rows in the order `rows`) behind the chosen kernel."""
+        """The matrices one under another (their rows in the order `rows`) behind the chosen kernel.
+
+        `names` are the modules' where adapters may change them.
+        """
+        sizes = tuple(len(w) for w in weights)
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         weight = (weight if rows is None else weight[rows]).to(self.dtype)
         bias = None if bias is None else bias.to(self.dtype)
         if own:
             _empty(weights)
         try:
-            return Projection((choice or self._choice).make(weight, bias))
+            kernel = (choice or self._choice).make(weight, bias)
         except (RuntimeError, NotImplementedError):  # a size that this kernel does not take
-            return Projection(self._fallback(weight, bias))
+            kernel = self._fallback(weight, bias)
+        if not names:
+            return Projection(kernel)
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        site = Site(tuple(names), sizes, weight.shape[1], rows, kernel, bias, squares)
+        return Projection(kernel, self.adapters.place(site))
 
 
 def _empty(parameters: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kllm.model.decode_adapters import Chosen
 from kllm.model.decode_moe import PreparedMoE
 from kllm.model.kernels import Kernel
 from kllm.model.rope import apply_rope
@@ -22,15 +23,21 @@ class StepCache(Protocol):
 
 
 class Projection:
-    """One (fused) matrix of a layer: x [N, in] -> [N, out]. The one place where a layer multiplies."""
+    """One (fused) matrix of a layer: x [N, in] -> [N, out]. The one place where a layer multiplies.
 
-    __slots__ = ("kernel",)
+    Args:
+        site: its number among those that adapters may change; -1 for the others.
+    """
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+    __slots__ = ("kernel", "site")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernel(x)
+    def __init__(self, kernel: Kernel, site: int = -1) -> None:
+        self.kernel, self.site = kernel, site
+
+    def __call__(self, x: Tensor, chosen: Chosen | None = None) -> Tensor:
+        """`chosen`: the adapters of the tokens, if any has one."""
+        y = self.kernel(x)
+        return y if chosen is None else chosen.add(self.site, x, y)
 
 
 class Norm:
@@ -57,9 +64,9 @@ class GatedMLP:
     def __init__(self, gate_up: Projection, down: Projection) -> None:
         self.gate_up, self.down = gate_up, down
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+    def __call__(self, x: Tensor, chosen: Chosen | None = None) -> Tensor:
+        gate, up = self.gate_up(x, chosen).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up), chosen)
 
 
 class Rotation:
@@ -95,14 +102,16 @@ class PreparedBlock:
         self.heads, self.kv_heads, self.head_dim = heads
         self.norm, self.qkv, self.qk_norm, self.out, self.post_norm, self.feed = parts
 
-    def __call__(self, x: Tensor, rotation: Rotation, cache: StepCache) -> Tensor:
+    def __call__(
+        self, x: Tensor, rotation: Rotation, cache: StepCache, chosen: Chosen | None = None
+    ) -> Tensor:
         heads, kv = self.heads, self.kv_heads
-        qkv = self.qkv(self.norm(x)).view(-1, heads + 2 * kv, self.head_dim)
+        qkv = self.qkv(self.norm(x), chosen).view(-1, heads + 2 * kv, self.head_dim)
         qk, v = qkv.split((heads + kv, kv), dim=1)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if self.rope:
             qk = rotation(qk)
         q, k = qk.split((heads, kv), dim=1)
-        x = x.add_(self.out(cache.attend(self.layer, q, k, v)))
-        return x.add_(self.feed(self.post_norm(x)))
+        x = x.add_(self.out(cache.attend(self.layer, q, k, v), chosen))
+        return x.add_(self.feed(self.post_norm(x), chosen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from kllm.model.moe import Experts
 from kllm.model.presets import ModelShape
+
+if TYPE_CHECKING:
+    from kllm.model.decode_adapters import Chosen
+    from kllm.model.decode_layers import GatedMLP
 
 Feed = Callable[[Tensor], Tensor]
 """A gated MLP, x [M, H] -> [M, H]."""
@@ -89,17 +94,18 @@ class PreparedMoE:
         self,
         router: Router,
         experts: LoopExperts | GroupedExperts,
-        shared: Feed | None,
+        shared: GatedMLP | None,
         shared_gate: Tensor | None,
     ) -> None:
         self.router, self.experts = router, experts
         self.shared, self.shared_gate = shared, shared_gate
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, chosen: Chosen | None = None) -> Tensor:
+        """`chosen`: adapters of the shared expert; the routed ones and the router have none."""
         y = self.experts(x, *self.router(x))
         if self.shared is None:
             return y
-        shared = self.shared(x)
+        shared = self.shared(x, chosen)
         if self.shared_gate is not None:
             shared = torch.sigmoid(F.linear(x, self.shared_gate)) * shared
         return y + shared

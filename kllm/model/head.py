@@ -2,6 +2,8 @@
 
 The gradient is made in the forward pass, chunk by chunk (softmax minus one-hot), so nothing is
 recomputed and the peak is one chunk of logits. Rows without a label are left out before the head.
+Where a loss is a function of whole answers (preferences), `token_logprobs` gives each label's
+log-probability instead.
 """
 
 from __future__ import annotations
@@ -82,9 +84,7 @@ def linear_cross_entropy(
     if keep.shape[0] != labels.shape[0]:
         hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
         weights = None if weights is None else weights.index_select(0, keep)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = _autocast(hidden, weight)
     return _LinearCrossEntropy.apply(hidden, weight, labels, weights, chunk)  # type: ignore[no-untyped-call]
 
 
@@ -97,3 +97,88 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 10
         logits = (hidden[rows] @ weight.t().to(hidden.dtype)).float()
         out[rows] = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
     return out
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the precision of the surrounding autocast, as a matrix product would take them."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(h_i W^T)[y_i] for each i.
+
+    d/dh_i is W[y_i] - sum_v p_iv W[v] whatever comes from above, so it is made in the forward pass
+    when the head is frozen, and the backward is one product by row. A head that learns needs the
+    softmax times what comes from above: its backward makes each chunk of logits once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        frozen_head = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        slope = torch.empty_like(hidden) if frozen_head else None
+        out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        norms = torch.empty_like(out)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = (hidden[part] @ weight.t()).float()
+            norm = logits.logsumexp(dim=-1)
+            norms[part] = norm
+            out[part] = logits.gather(1, labels[part, None]).squeeze(1) - norm
+            if slope is not None:
+                grad = _one_hot_minus_softmax(logits, norm, labels[part]).to(hidden.dtype)
+                torch.mm(grad, weight, out=slope[part])
+        ctx.chunk = chunk
+        if frozen_head:
+            ctx.save_for_backward(slope)
+        elif ctx.needs_input_grad[1]:
+            ctx.save_for_backward(hidden, weight, labels, norms)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        above = grads[0][:, None]
+        if not ctx.needs_input_grad[1]:
+            (slope,) = ctx.saved_tensors
+            return slope * above.to(slope.dtype), None, None, None
+        hidden, weight, labels, norms = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = (hidden[part] @ weight.t()).float()
+            grad = _one_hot_minus_softmax(logits, norms[part], labels[part]).mul_(above[part])
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[part])
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), hidden[part])
+            else:
+                grad_weight += grad.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _one_hot_minus_softmax(logits: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+    """d log softmax(logits)[label] / d logits, in the memory of `logits`."""
+    grad = logits.sub_(norm[:, None]).exp_().neg_()
+    return grad.scatter_add_(1, labels[:, None], torch.ones_like(norm)[:, None])
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
+    """Log-probability of each label in nats, differentiable; logits exist a chunk at a time.
+
+    Args:
+        hidden: [T, H].
+        weight: the head, [V, H]; its gradient is made only if it is asked for.
+        labels: int64 [T], `IGNORE` where there is none.
+        chunk: rows of logits alive at once.
+
+    Returns:
+        float32 [T], 0 where the label is IGNORE.
+    """
+    keep = (labels != IGNORE).nonzero().squeeze(1)
+    rows, weight = _autocast(hidden.index_select(0, keep), weight)
+    values = _TokenLogprobs.apply(rows, weight, labels.index_select(0, keep), chunk)  # type: ignore[no-untyped-call]
+    return values.new_zeros(labels.shape[0]).index_copy(0, keep, values)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kllm.model.quantize import Int8Rows, int4_groups, int8_rows
+from kllm.model.quantize import Int8Rows, int4_groups, int8_rows, unpack_int4
 
 
 class Kernel(Protocol):
@@ -180,14 +180,10 @@ class Int4Weights:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         quantized = int4_groups(weight)
         self.inputs, self.bias = weight.shape[1], bias
-        self.group, self.scale, self.low = quantized.group, quantized.scale, quantized.low
-        q = F.pad(quantized.q, (0, -weight.shape[1] % quantized.group))
-        self.q = q[:, ::2] | q[:, 1::2] << 4
+        self.q, self.scale, self.low = quantized.packed(), quantized.scale, quantized.low
 
     def __call__(self, x: Tensor) -> Tensor:
-        q = torch.stack((self.q & 15, self.q >> 4), dim=-1).view(len(self.q), -1, self.group)
-        weight = torch.addcmul(self.low[..., None], q.to(self.low.dtype), self.scale[..., None])
-        y = F.linear(x, weight.flatten(1)[:, : self.inputs].to(x.dtype))
+        y = F.linear(x, unpack_int4(self.q, self.scale, self.low, self.inputs).to(x.dtype))
         return y if self.bias is None else y.add_(self.bias)
 
 

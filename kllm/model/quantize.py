@@ -41,6 +41,11 @@ class Int4Groups(NamedTuple):
         scale, low = (t.repeat_interleave(self.group, dim=1)[:, :K] for t in (self.scale, self.low))
         return self.q.float() * scale + low
 
+    def packed(self) -> Tensor:
+        """uint8 [N, groups * group / 2]: two values of `q` in a byte, the even one in the low half."""
+        q = F.pad(self.q, (0, -self.q.shape[1] % self.group))
+        return q[:, ::2] | q[:, 1::2] << 4
+
 
 def int8_rows(weight: Tensor, levels: int = 127) -> Int8Rows:
     """Symmetric rounding with one scale per output; q lies in -levels..levels (63 leaves one bit unused)."""
@@ -59,3 +64,10 @@ def int4_groups(weight: Tensor, group: int = INT4_GROUP) -> Int4Groups:
     scale = (blocks.amax(dim=2) - low).div_(15).clamp_min_(_TINY)
     q = ((blocks - low[..., None]) / scale[..., None]).round_().clamp_(0, 15)
     return Int4Groups(q.view(N, -1)[:, :K].to(torch.uint8), scale, low, group)
+
+
+def unpack_int4(packed: Tensor, scale: Tensor, low: Tensor, inputs: int) -> Tensor:
+    """float32 [N, inputs], the matrix behind `Int4Groups.packed`, its `scale` and its `low`."""
+    q = torch.stack((packed & 15, packed >> 4), dim=-1).view(*low.shape, -1)
+    weight = torch.addcmul(low[..., None], q.to(low.dtype), scale[..., None])
+    return weight.flatten(1)[:, :inputs]

@@ -9,6 +9,7 @@ Shapes: T tokens of a packed row, H hidden, D head_dim.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,17 @@ from kllm.model.attention import PackedLayout, packed_attention
 from kllm.model.moe import MoE, RouterLog
 from kllm.model.presets import ModelShape
 from kllm.model.rope import apply_rope, rope_table
+
+
+@dataclass
+class LayerLog:
+    """Outputs of chosen blocks; pass one to the model to collect them.
+
+    wanted: block numbers; states: block number -> [T, H], before the final norm.
+    """
+
+    wanted: frozenset[int]
+    states: dict[int, Tensor] = field(default_factory=dict)
 
 
 class RMSNorm(nn.Module):
@@ -154,6 +166,7 @@ class Transformer(nn.Module):
         positions: Tensor,
         layout: PackedLayout | None = None,
         router: RouterLog | None = None,
+        layers: LayerLog | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -162,6 +175,7 @@ class Transformer(nn.Module):
             positions: int64, like tokens; below the table length (`ensure_context`).
             layout: document borders of the packed row.
             router: collects what the routers did (MoE).
+            layers: collects what chosen blocks gave.
 
         Returns:
             [T, H].
@@ -170,11 +184,13 @@ class Transformer(nn.Module):
             layout = PackedLayout(torch.tensor([0, tokens.shape[0]]), tokens.device)
         cos, sin = self.cos[positions][..., None, :], self.sin[positions][..., None, :]
         x = self.model.embed_tokens(tokens)
-        for block in self.model.layers:
+        for number, block in enumerate(self.model.layers):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, layout, router, use_reentrant=False)
             else:
                 x = block(x, cos, sin, layout, router)
+            if layers is not None and number in layers.wanted:
+                layers.states[number] = x
         return self.model.norm(x)
 
     @torch.no_grad()

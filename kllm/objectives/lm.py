@@ -6,12 +6,13 @@ L = sum_i w_i * -log p(x_{i+1} | x_{<=i}) / sum_i w_i over labelled positions of
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from kllm.data.batch import IGNORE, Batch
 from kllm.model.attention import PackedLayout
 from kllm.model.head import linear_cross_entropy
 from kllm.model.moe import RouterLog, expert_load, load_balance_loss, router_z_loss
+from kllm.model.presets import ModelShape
 from kllm.train.objective import Loss, unwrap
 
 
@@ -34,20 +35,32 @@ class LanguageModeling:
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """Summed loss of the batch, shapes as in Batch."""
         inner = unwrap(model)
-        layout = PackedLayout(batch.cu_seqlens, batch.tokens.device)
+        layout = PackedLayout(batch.cu_seqlens, batch.tokens.device, batch.parents)
         router = RouterLog() if inner.shape.is_moe else None
         hidden = model(batch.tokens, batch.positions, layout, router)
         total = linear_cross_entropy(hidden, inner.head_weight, batch.labels, batch.weights, self.loss_chunk)
         weight = self.weight(batch)
         metrics: dict[str, tuple[object, object]] = {"train/loss": (total.detach(), weight)}
         if router is not None:
-            shape = inner.shape
-            aux = shape.router_aux_loss_coef * load_balance_loss(router, shape, layout)
-            if shape.router_z_loss_coef:
-                aux = aux + shape.router_z_loss_coef * router_z_loss(router)
-            # aux is a mean over the micro-batch: times its weight it adds up like the loss does
-            total = total + aux * weight
-            load = expert_load(router, shape.num_experts).max() * shape.num_experts
-            metrics["train/aux_loss"] = (aux.detach() * weight, weight)
-            metrics["moe/load_max"] = (load * weight, weight)
+            aux, figures = router_terms(router, inner.shape, layout, weight)
+            total = total + aux
+            metrics.update(figures)
         return Loss(total, metrics)
+
+
+def router_terms(
+    router: RouterLog, shape: ModelShape, layout: PackedLayout, weight: float
+) -> tuple[Tensor, dict[str, tuple[object, object]]]:
+    """The routers' auxiliary losses of a micro-batch, to add to its summed loss, and their metrics.
+
+    They are means over the micro-batch: times its `weight` they add up like the loss does.
+    """
+    aux = shape.router_aux_loss_coef * load_balance_loss(router, shape, layout)
+    if shape.router_z_loss_coef:
+        aux = aux + shape.router_z_loss_coef * router_z_loss(router)
+    load = expert_load(router, shape.num_experts).max() * shape.num_experts
+    metrics: dict[str, tuple[object, object]] = {
+        "train/aux_loss": (aux.detach() * weight, weight),
+        "moe/load_max": (load * weight, weight),
+    }
+    return aux * weight, metrics

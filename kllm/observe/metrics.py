@@ -1,6 +1,7 @@
 """The names and meaning of every number kllm reports, and how numbers are added up.
 
-One table for every command: `train/loss` means the same in pretraining, fine-tuning and after.
+One table for every command: `train/loss` means the same in pretraining, fine-tuning and after (in
+preference learning a loss is of a pair of answers, in nats).
 A mean is always a sum over a weight (`Accumulator`), never a mean of means, so that a metric does
 not change with the micro-batch size or the number of processes.
 """
@@ -26,6 +27,7 @@ class Metric:
 
 METRICS: tuple[Metric, ...] = (
     Metric("train/loss", "nats/token", "training loss over the trained tokens since the last line"),
+    Metric("train/sft_loss", "nats/token", "plain loss of the chosen answers, a mean over answers"),
     Metric("train/aux_loss", "nats", "auxiliary losses (expert balance, router z), already weighted"),
     Metric("train/tokens", "tokens", "tokens seen since the start of the stage, all processes"),
     Metric("train/trained_tokens", "tokens", "tokens with a label since the start of the stage"),
@@ -33,7 +35,21 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/*", "", "further terms of the objective, each a mean over its own weight"),
     Metric("val/loss", "nats/token", "loss on the held-out rows (always the same rows)"),
     Metric("val/bpb", "bits/byte", "held-out loss in bits per byte of text: comparable across tokenizers"),
+    Metric("val/accuracy", "share", "held-out pairs whose chosen answer has the higher reward"),
+    Metric("val/logp_accuracy", "share", "held-out pairs whose chosen answer is the likelier one"),
+    Metric("val/margin", "nats", "reward of held-out chosen answers minus that of rejected ones"),
+    Metric("val/chosen_drift", "nats/token", "as logps/chosen_drift, on held-out answers"),
     Metric("val/*", "", "further held-out figures"),
+    Metric("rewards/chosen", "nats", "beta x log-ratio of the chosen answers to the reference"),
+    Metric("rewards/rejected", "nats", "beta x log-ratio of the rejected answers to the reference"),
+    Metric("rewards/margin", "nats", "reward of the chosen answer minus that of the rejected one"),
+    Metric("rewards/accuracy", "share", "pairs whose chosen answer has the higher reward; a tie is a half"),
+    Metric("logps/chosen", "nats/token", "log-probability of the chosen answers"),
+    Metric("logps/rejected", "nats/token", "log-probability of the rejected answers"),
+    Metric("logps/chosen_drift", "nats/token", "chosen answers' log-probability minus the reference's"),
+    Metric("logps/accuracy", "share", "pairs whose chosen answer is the likelier one"),
+    Metric("pref/kl", "nats/token", "log-ratio of policy and reference, averaged over the answers' tokens"),
+    Metric("pref/z_ref", "nats", "KTO's reference point: log-ratio of answers to other questions"),
     Metric("opt/lr", "", "learning rate of the step"),
     Metric("opt/grad_norm", "", "gradient norm before clipping"),
     Metric("opt/clip_rate", "share", "share of steps since the last line whose gradient was clipped"),
@@ -45,7 +61,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("mem/peak", "bytes", "peak memory: of the device on a GPU, resident set on a CPU"),
     Metric("moe/load_max", "ratio", "load of the busiest expert / even load (1 = balanced)"),
     Metric("moe/*", "", "router figures"),
+    Metric("distill/ce", "nats/token", "distillation: loss on the labels alone"),
+    Metric("distill/kd", "nats/token", "distance to the teacher, without the temperature's factor"),
+    Metric("distill/hidden", "", "distance of hidden states through the trained projection"),
+    Metric("distill/agreement", "share", "labelled tokens for which both models prefer the same one"),
+    Metric("distill/aligned", "share", "labelled tokens that a teacher of another tokenizer answers"),
     Metric("eval/*", "", "results of evaluation tasks: eval/TASK/GROUP"),
+    Metric("collect/kept", "answers", "answers of a teacher that passed the rules so far"),
+    Metric("collect/dropped", "answers", "answers of a teacher that did not"),
+    Metric("collect/failed", "prompts", "prompts that got no answer"),
+    Metric("collect/requests_s", "requests/s", "answers of a teacher per second"),
     Metric("probe/*", "", "probes on a fixed validation batch"),
 )
 

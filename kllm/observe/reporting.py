@@ -61,6 +61,8 @@ def pretty(name: str, value: Any) -> str:
         return f"{short} {units.size(value)}"
     if name == "perf/step_s":
         return f"{units.duration(value)}/step"
+    if name == "collect/requests_s":
+        return f"{value:.3g} requests/s"
     if name == "train/tokens":
         return f"{units.count(value)} tokens"
     if name == "opt/lr":
@@ -83,8 +85,14 @@ _SHORT = {
     "perf/mfu": "mfu",
     "mem/peak": "mem",
     "moe/load_max": "load max",
+    "collect/kept": "kept",
+    "collect/dropped": "dropped",
+    "collect/failed": "failed",
 }
-_ORDER = ("train/loss", "perf/tok_s", "perf/mfu", "opt/lr", "opt/grad_norm", "mem/peak", "train/aux_loss")
+_ORDER = (
+    "train/loss", "collect/requests_s", "perf/tok_s", "perf/mfu", "opt/lr", "opt/grad_norm", "mem/peak",
+    "train/aux_loss", "collect/kept", "collect/dropped", "collect/failed",
+)  # fmt: skip
 
 
 class Curve:
@@ -109,7 +117,8 @@ class Curve:
 
     def fields(self) -> list[str]:
         """The figures in order of importance; MFU is always named, as n/a when unknown."""
-        shown = {"perf/mfu": None, **self.metrics} if "perf/tok_s" in self.metrics else self.metrics
+        trains = "perf/tok_s" in self.metrics and "collect/requests_s" not in self.metrics
+        shown = {"perf/mfu": None, **self.metrics} if trains else self.metrics
         return [pretty(name, shown[name]) for name in _ORDER if name in shown]
 
     def position(self) -> str:

@@ -63,7 +63,8 @@ def lr_scale(step: int, total: int, config: OptimConfig) -> float:
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.dim() >= 2 and "embed_tokens" not in name and "lm_head" not in name
+    apart = ("embed_tokens", "lm_head", "lora_magnitude")
+    return parameter.dim() >= 2 and not any(part in name for part in apart)
 
 
 class Optimizers:
@@ -101,27 +102,42 @@ class Optimizers:
             optimizer.load_state_dict(state[name])
 
 
-def _muon(matrices: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    if all(p.is_cuda and p.dim() == 2 for p in matrices):
-        return torch.optim.Muon(
-            matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay
-        )
-    return Muon(matrices, config.muon_lr, config.muon_momentum, config.weight_decay)
+Named = list[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizers:
-    """AdamW (fused) with no decay on norms, biases and embeddings; or Muon for the hidden matrices."""
+def _groups(named: Named, lr: float, weight_decay: float, ratio: float) -> list[dict[str, Any]]:
+    """Groups of one peak rate, and LoRA's B matrices at `ratio` times it."""
+    fast = [p for n, p in named if ratio != 1 and n.endswith("lora_B")]
+    rest = [p for n, p in named if ratio == 1 or not n.endswith("lora_B")]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+    return [{**group, "weight_decay": weight_decay} for group in groups if group["params"]]
+
+
+def _muon(matrices: Named, config: OptimConfig, ratio: float) -> torch.optim.Optimizer:
+    groups = _groups(matrices, config.muon_lr, config.weight_decay, ratio)
+    if all(p.is_cuda and p.dim() == 2 for _, p in matrices):
+        return torch.optim.Muon(groups, lr=config.muon_lr, momentum=config.muon_momentum)
+    return Muon(groups, config.muon_lr, config.muon_momentum)
+
+
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lora_plus_ratio: float = 1.0
+) -> Optimizers:
+    """AdamW (fused) with no decay on norms, biases and embeddings; or Muon for the hidden matrices.
+
+    Args:
+        named: parameters; those that require no gradient are left out.
+        lora_plus_ratio: learning rate of LoRA's B matrices as a multiple of all others' (LoRA+, Hayou et
+            al. 2024: B should learn faster than A, by about 16).
+    """
     trained = [(n, p) for n, p in named if p.requires_grad]
-    matrices = [p for n, p in trained if _is_matrix(n, p)]
-    others = [p for n, p in trained if not _is_matrix(n, p)]
+    matrices = [(n, p) for n, p in trained if _is_matrix(n, p)]
+    others = [(n, p) for n, p in trained if not _is_matrix(n, p)]
     adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if config.name == "muon" and matrices:
-        result: dict[str, torch.optim.Optimizer] = {"muon": _muon(matrices, config)}
+        result: dict[str, torch.optim.Optimizer] = {"muon": _muon(matrices, config, lora_plus_ratio)}
         if others:
-            result["adamw"] = torch.optim.AdamW(others, weight_decay=0.0, **adam)
+            result["adamw"] = torch.optim.AdamW(_groups(others, config.lr, 0.0, 1.0), **adam)
         return Optimizers(result)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return Optimizers({"adamw": torch.optim.AdamW([g for g in groups if g["params"]], **adam)})
+    groups = _groups(matrices, config.lr, config.weight_decay, lora_plus_ratio)
+    return Optimizers({"adamw": torch.optim.AdamW([*groups, *_groups(others, config.lr, 0.0, 1.0)], **adam)})

@@ -12,21 +12,26 @@ from typing import Any
 
 import numpy as np
 
+from kllm.config.align import LoraSection
 from kllm.config.parts import ModelSection
-from kllm.config.stages import PretrainStage
+from kllm.config.stages import DistillStage, TrainingStage
+from kllm.data.loader import val_batches
+from kllm.data.reasoning import ThinkOptions
 from kllm.data.shards import Prepared, prepare
 from kllm.errors import UserError
 from kllm.export import tokenizers
 from kllm.export.load import load_model
+from kllm.model.lora import LoraConfig, add_lora
 from kllm.model.presets import ModelShape
+from kllm.model.prune import student_from
 from kllm.model.transformer import Transformer
 from kllm.observe.reporting import Reporter
 from kllm.run.context import StageContext
 from kllm.run.shapes import (
-    TrainingStage,
     check_positions,
     check_vocabulary,
     fresh_shape,
+    pruned_shape,
     shape_overrides,
     steps_and_tokens,
 )
@@ -44,9 +49,9 @@ def load_tokenizer(ctx: StageContext, chat_template: str | None = None) -> Token
 
 
 def build_model(
-    ctx: StageContext, stage: TrainingStage, tokenizer: Tokenizer, runtime: Runtime
+    ctx: StageContext, stage: TrainingStage, tokenizer: Tokenizer, runtime: Runtime, data: Prepared
 ) -> Transformer:
-    """A fresh model, or the weights the stage starts from."""
+    """A fresh model, the weights the stage starts from, or a student cut out of them; with its adapter."""
     seq_len = stage.dataset.seq_len
     if "model" not in ctx.inputs:
         shape = fresh_shape(stage.model, tokenizer.vocab_size)
@@ -55,7 +60,11 @@ def build_model(
         model.init_weights(ctx.seed)
     else:
         model, _ = load_model(ctx.inputs["model"], tokenizer=False, say=ctx.reporter.message)
-        shape = with_overrides(model.shape, stage.model)
+        if isinstance(stage, DistillStage) and stage.student_from:
+            model = _student(model, stage, data)
+            shape = model.shape
+        else:
+            shape = with_overrides(model.shape, stage.model)
         check_vocabulary(tokenizer.vocab_size, shape)
         check_positions(shape, seq_len)
         if shape != model.shape:
@@ -64,7 +73,34 @@ def build_model(
             model.load_state_dict(state)
     model.activation_checkpointing = stage.train.activation_checkpointing
     model.ensure_context(seq_len)
+    if stage.adapter is not None:
+        add_lora(model, lora_config(stage.adapter), ctx.seed)
     return model.to(runtime.device)
+
+
+JUDGED_TOKENS = 16384
+"""Tokens of the data by which a teacher's parts are judged before a student is cut out of it."""
+
+
+def _student(teacher: Transformer, stage: DistillStage, data: Prepared) -> Transformer:
+    shape = pruned_shape(teacher.shape, stage.model)
+    teacher.ensure_context(stage.dataset.seq_len)
+    rows = val_batches(data.train[0], stage.dataset.seq_len, JUDGED_TOKENS, 4)
+    return student_from(teacher, shape, rows, stage.distill.prune)
+
+
+def lora_config(section: LoraSection) -> LoraConfig:
+    """The plain numbers of an adapter."""
+    return LoraConfig(
+        rank=section.rank,
+        alpha=section.alpha or 2.0 * section.rank,
+        dropout=section.dropout,
+        targets=tuple(section.targets),
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        init=section.init,
+        base=section.base,
+    )
 
 
 def with_overrides(shape: ModelShape, section: ModelSection) -> ModelShape:
@@ -93,10 +129,10 @@ class Sizes:
 
 def plan_sizes(stage: TrainingStage, rows_per_epoch: int) -> Sizes:
     """Rows per step and micro-batch, and the number of steps for steps, tokens or epochs."""
-    seq_len = stage.dataset.seq_len
-    steps, _ = steps_and_tokens(stage, rows_per_epoch * seq_len)
-    rows_per_step = max(1, stage.train.batch_tokens // seq_len)
-    return Sizes(rows_per_step, max(1, stage.train.micro_batch_tokens // seq_len), steps or 1)
+    row = stage.row_tokens
+    steps, _ = steps_and_tokens(stage, rows_per_epoch * row)
+    rows_per_step = max(1, stage.train.batch_tokens // row)
+    return Sizes(rows_per_step, max(1, stage.train.micro_batch_tokens // row), steps or 1)
 
 
 class _SlowNews:
@@ -111,11 +147,24 @@ class _SlowNews:
             self.reporter.message(f"preparing {source}: {docs:,} documents, {tokens:,} tokens")
 
 
+def _thinking(stage: TrainingStage) -> ThinkOptions | None:
+    """What is done to the thinking in conversations; None = nothing."""
+    given = stage.dataset
+    options = ThinkOptions(
+        unify=given.unify_reasoning,
+        answer_tags="strip" if given.unify_reasoning else "keep",
+        add_empty=given.add_empty_think,
+        drop=given.drop_reasoning,
+    )
+    both = isinstance(stage, DistillStage) and stage.collect.plain_ratio > 0  # its empty blocks are context
+    return options if both or options != ThinkOptions() else None
+
+
 def prepare_data(ctx: StageContext, stage: TrainingStage, tokenizer: Tokenizer, runtime: Runtime) -> Prepared:
     """Token shards of the stage's data; the first process makes them, the others find them."""
     dataset = stage.dataset
     options: dict[str, Any] = {
-        "kind": "text" if isinstance(stage, PretrainStage) else "chat",
+        "kind": stage.data_kind,
         "cache_dir": Path(dataset.cache_dir) if dataset.cache_dir else ctx.run_dir / "cache" / "shards",
         "seq_len": dataset.seq_len,
         "val_fraction": dataset.val_fraction,
@@ -125,6 +174,7 @@ def prepare_data(ctx: StageContext, stage: TrainingStage, tokenizer: Tokenizer, 
         "min_chars": dataset.min_chars,
         "system_prompt_ratio": dataset.system_prompt_ratio,
         "keep_empty_think": dataset.keep_empty_think,
+        "think": _thinking(stage),
         "seed": ctx.seed,
     }
     if runtime.main:

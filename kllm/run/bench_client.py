@@ -1,59 +1,14 @@
-"""A small HTTP client for load: raw asyncio streams, server-sent events with the time of each.
-
-A general client costs more per event than a small model's token does, and hides what is wanted here:
-leaving in the middle, not reading for a while, the moment at which bytes arrived.
-"""
+"""What a load test's reader sees of one stream: its text, the time of each event, how it ended."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
-import socket
-import ssl
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-from kllm.errors import KllmError, UserError
-
-_PIECE = 1 << 16
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a server listens, and the key it wants."""
-
-    host: str
-    port: int
-    base: str = ""
-    tls: bool = False
-    key: str | None = None
-
-    @property
-    def url(self) -> str:
-        """Without `/v1`."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.base}"
-
-    @classmethod
-    def parse(cls, url: str, key: str | None = None) -> Target:
-        """`http://HOST:PORT`, with or without `/v1`.
-
-        Raises:
-            UserError: no such URL.
-        """
-        try:
-            parts = urlsplit(url)
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError as error:
-            raise UserError(f"{url!r}: {error}", where="flag --url") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{url!r} is no http address", where="flag --url", hint="http://127.0.0.1:8000")
-        base = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, port, base, parts.scheme == "https", key)
+from kllm.run.http_client import Answer, Connection, Target
 
 
 @dataclass
@@ -95,141 +50,6 @@ class Manners:
     stall: float = 3.0
     patience: float = 60.0
     """Seconds without a byte after which it gives up (it is starved)."""
-
-
-class Answer:
-    """An HTTP answer whose body is still coming."""
-
-    def __init__(self, status: int, headers: dict[str, str], reader: asyncio.StreamReader) -> None:
-        self.status, self.headers, self._reader = status, headers, reader
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it arrives, without the framing of HTTP/1.1.
-
-        Raises:
-            ConnectionError, asyncio.IncompleteReadError: it was cut.
-        """
-        if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            while size := int((await self._reader.readuntil(b"\r\n")).split(b";")[0], 16):
-                yield (await self._reader.readexactly(size + 2))[:-2]
-            return
-        left = int(self.headers.get("content-length", -1))
-        while left and (piece := await self._reader.read(_PIECE if left < 0 else min(left, _PIECE))):
-            left -= len(piece) if left > 0 else 0
-            yield piece
-        if left > 0:
-            raise asyncio.IncompleteReadError(b"", left)
-
-
-class Connection:
-    """One request on one connection; leaving the block closes the socket, also in the middle.
-
-    Without a byte for `patience` seconds the connection is cut and `starved` set.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        method: str,
-        path: str,
-        body: Any = None,
-        *,
-        patience: float = 60.0,
-        slow: bool = False,
-    ) -> None:
-        self._target, self._slow, self._patience = target, slow, patience
-        self.starved = False
-        data = b"" if body is None else json.dumps(body).encode()
-        lines = [
-            f"{method} {target.base}{path} HTTP/1.1",
-            f"Host: {target.host}:{target.port}",
-            "Connection: close",
-            "Accept: */*",
-        ]
-        if target.key:
-            lines.append(f"Authorization: Bearer {target.key}")
-        if body is not None:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
-        self._request = "\r\n".join([*lines, "", ""]).encode() + data
-
-    async def __aenter__(self) -> Answer:
-        try:
-            reader, self._writer = await asyncio.wait_for(self._open(), self._patience)
-        except (TimeoutError, asyncio.TimeoutError):
-            self.starved = True
-            raise ConnectionError("no connection in time") from None
-        self._last = time.monotonic()
-        self._timer = asyncio.get_running_loop().call_later(self._patience, self._look)
-        try:
-            self._writer.write(self._request)
-            await self._writer.drain()
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            status = int(head[0].split()[1])
-        except (ValueError, IndexError):
-            self._close()
-            raise ConnectionError("not an HTTP answer") from None
-        except BaseException:
-            self._close()
-            raise
-        pairs = (line.partition(":") for line in head[1:] if line)
-        return Answer(status, {name.strip().lower(): value.strip() for name, _, value in pairs}, reader)
-
-    async def __aexit__(self, *failure: object) -> None:
-        self._close()
-
-    def touch(self, ahead: float = 0.0) -> None:
-        """Something came; or: for `ahead` seconds nothing is expected to."""
-        self._last = time.monotonic() + ahead
-
-    def _look(self) -> None:
-        left = self._last + self._patience - time.monotonic()
-        if left > 0:
-            self._timer = asyncio.get_running_loop().call_later(left, self._look)
-        else:
-            self.starved = True
-            self._writer.transport.abort()
-
-    def _close(self) -> None:
-        self._timer.cancel()
-        self._writer.close()
-
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        target = self._target
-        tls = ssl.create_default_context() if target.tls else None
-        if not self._slow:
-            return await asyncio.open_connection(target.host, target.port, ssl=tls)
-        # a small window, so that the server feels that nobody reads
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        raw = socket.socket(found[0][0], socket.SOCK_STREAM)
-        try:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            raw.setblocking(False)
-            await loop.sock_connect(raw, found[0][4])
-            named = target.host if tls else None
-            return await asyncio.open_connection(sock=raw, ssl=tls, server_hostname=named, limit=4096)
-        except BaseException:
-            raw.close()
-            raise
-
-
-async def fetch(
-    target: Target, method: str, path: str, body: Any = None, timeout: float = 60.0
-) -> tuple[int, bytes]:
-    """Status and whole body.
-
-    Raises:
-        KllmError: nobody answers there.
-    """
-    try:
-        async with Connection(target, method, path, body, patience=timeout) as answer:
-            return answer.status, b"".join([piece async for piece in answer.pieces()])
-    except (OSError, EOFError) as error:
-        # asyncio wraps the refusals of a name with several addresses into a plain OSError
-        if isinstance(error, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(error):
-            raise KllmError("connection refused", target.url, "is the server running?") from None
-        why = str(error) or type(error).__name__
-        raise KllmError(f"no answer: {why}", where=f"{target.host}:{target.port}{path}") from None
 
 
 async def read_stream(

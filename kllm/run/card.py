@@ -18,6 +18,9 @@ _TITLES = {
     "tokenizer": "Byte-level BPE tokenizer",
     "pretrain": "Language model, pretrained on plain text",
     "sft": "Language model, fine-tuned on conversations",
+    "lora": "Language model, fine-tuned on conversations by an adapter that is merged in",
+    "dpo": "Language model, trained on preferences",
+    "distill": "Language model, taught by another one",
     "export": "Language model for other programs: transformers and vLLM, llama.cpp and ollama",
 }
 

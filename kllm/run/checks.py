@@ -8,7 +8,7 @@ from typing import Any
 
 from kllm.config.load import Loaded
 from kllm.config.recipe import Recipe
-from kllm.config.stages import EvalStage, ExportStage, PretrainStage, SftStage
+from kllm.config.stages import EvalStage, ExportStage, TrainingStage
 from kllm.data import hub
 from kllm.data.sources import expand, is_builtin
 from kllm.errors import UserError, UserErrors
@@ -19,14 +19,13 @@ from kllm.run.fingerprint import data_paths, templates
 from kllm.run.inputs import Input, find_inputs
 from kllm.run.rundir import RunDir
 from kllm.run.shapes import (
-    TrainingStage,
     check_positions,
     check_vocabulary,
     planned_shape,
     vocab_of_directory,
 )
 
-DISTRIBUTED = ("pretrain", "sft")
+DISTRIBUTED = ("pretrain", "sft", "lora", "dpo", "distill")
 """Kinds of stages that run on several processes."""
 
 
@@ -70,7 +69,7 @@ def stage_errors(loaded: Loaded, run: RunDir, name: str) -> list[UserError]:
     inputs = attempt("model", lambda: find_inputs(recipe, name, run.path, fetch=False))
     if isinstance(stage, ExportStage) and inputs is not None:
         attempt("gguf", lambda: _check_export(recipe, stage, inputs))
-    if isinstance(stage, PretrainStage | SftStage):
+    if isinstance(stage, TrainingStage):
         attempt("log.sinks", lambda: check_sinks(stage.log.sinks))
         attempt("train.batch_tokens", lambda: _check_processes(recipe, stage))
         preset_ok = attempt("model.preset", lambda: get_preset(stage.model.preset or "k-small"))
@@ -113,11 +112,11 @@ def _check_tasks(tasks: Iterable[str]) -> None:
 
 
 def _check_processes(recipe: Recipe, stage: TrainingStage) -> None:
-    rows = max(1, stage.train.batch_tokens // stage.dataset.seq_len)
+    rows = max(1, stage.train.batch_tokens // stage.row_tokens)
     if rows < recipe.nproc:
         raise UserError(
             f"{rows} rows a step cannot feed {recipe.nproc} processes",
-            hint=f"at least {recipe.nproc * stage.dataset.seq_len} tokens a step, or fewer processes",
+            hint=f"at least {recipe.nproc * stage.row_tokens} tokens a step, or fewer processes",
         )
 
 

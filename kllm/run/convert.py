@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from kllm.errors import UserError
 from kllm.export import hub
 from kllm.export.load import load_model
 from kllm.export.resolve import resolve
+from kllm.export.resolve_adapter import resolve_adapter
 from kllm.export.tokenizers import load_tokenizer, tokenizer_of
 from kllm.files import new_directory, new_file
 from kllm.model.transformer import Transformer
+from kllm.run.convert_adapter import base_of, keep_adapter, split_weight, to_peft
 from kllm.run.exportcard import export_card
 from kllm.run.hffolder import HfOptions, hf_folder
 from kllm.tokenizer.tokenizer import Tokenizer
@@ -35,10 +36,13 @@ class Conversion:
     tokenizer: str | None = None
     rope_scaling: str | None = None
     factor: float | None = None
-    adapter: str | None = None
+    adapters: tuple[str, ...] = ()
+    """Each PATH or PATH@WEIGHT; merged into the model, the sum of their changes times their weights."""
+    merge: bool = False
+    """The source is an adapter: it is merged into its base model."""
     keep_adapter: bool = False
     base: str | None = None
-    """What a PEFT folder names as its base model."""
+    """What a PEFT folder names as its base model, or the model that `merge` merges into."""
     push: str | None = None
     private: bool = False
     overwrite: bool = False
@@ -53,10 +57,13 @@ def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
     Raises:
         UserError, KllmError: bad input, or what was written cannot be verified.
     """
+    if job.merge:
+        job = _into_base(job)
     _check(job)
     report: dict[str, Any] = {"source": job.source, "out": str(job.out), "to": job.to}
     if job.to == "peft":
-        return report | _peft(job)
+        heads = job.assume.get("num_attention_heads")
+        return report | to_peft(job.source, job.out, job.base or "", heads)
     place = resolve(job.source)
     model, tokenizer = load_model(place, assume=job.assume, tokenizer=_wants_tokenizer(job), say=say)
     if job.tokenizer is not None:
@@ -70,13 +77,24 @@ def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
         return report | _torch(job, model, say)
     with new_directory(job.out) as aside:
         report |= hf_folder(model, tokenizer, aside, job.options, say)
-        if job.adapter is not None and job.keep_adapter:
-            report["adapter"] = _keep_adapter(job, model, aside / "adapter")
+        if job.keep_adapter:
+            keep_adapter(job.adapters[0], model, aside / "adapter", job.base or str(job.out))
+            report["adapter"] = str(job.out / "adapter")
         card = export_card(job.out.name, job.source, report)
         (aside / "README.md").write_text(card, encoding="utf-8")
     if job.push is not None:
         report["pushed"] = hub.push(job.out, job.push, private=job.private)
     return report
+
+
+def _into_base(job: Conversion) -> Conversion:
+    """`RUN OUT --merge` as `BASE OUT --adapter RUN`."""
+    for flag, wrong in (("--keep-adapter", job.keep_adapter), ("--to peft", job.to == "peft")):
+        if wrong:
+            raise UserError(f"--merge makes one model, {flag} does not", where="flag --merge")
+    resolve_adapter(job.source)
+    base = job.base or base_of(job.source)
+    return replace(job, source=base, adapters=(f"{job.source}@1", *job.adapters), merge=False, base=None)
 
 
 def _wants_tokenizer(job: Conversion) -> bool:
@@ -102,12 +120,13 @@ def _check(job: Conversion) -> None:
         raise UserError("--rope-scaling and --factor belong together", hint="--rope-scaling yarn --factor 4")
     if job.factor is not None and job.factor <= 1:
         raise UserError(f"must be above 1, got {job.factor:g}", where="flag --factor")
-    if job.keep_adapter and job.adapter is None:
-        raise UserError("--keep-adapter keeps an adapter, and none is given", hint="--adapter PATH")
+    if job.keep_adapter and (len(job.adapters) != 1 or split_weight(job.adapters[0])[1] != 1):
+        raise UserError("--keep-adapter keeps one adapter as it is", hint="--adapter PATH, once")
     _check_flags(job)
     if Path(job.source).exists() and job.out.exists() and _place(job) == job.out.resolve():
         raise UserError("source and result are the same", where=str(job.out), hint="name another OUT")
-    for given in (job.source, job.adapter, job.tokenizer, job.options.calibrate):
+    adapters = [split_weight(text)[0] for text in job.adapters]
+    for given in (job.source, *adapters, job.tokenizer, job.options.calibrate):
         if given is not None and Path(given).exists() and job.out.resolve() in Path(given).resolve().parents:
             # it would be replaced, with what is read from it
             raise UserError(f"{given} lies in it", where=str(job.out), hint="name another OUT")
@@ -123,7 +142,7 @@ def _check_flags(job: Conversion) -> None:
     wrong = {
         "--quant": options.quant is not None and not folder,
         "--keep-adapter": job.keep_adapter and not folder,
-        "--adapter": job.adapter is not None and job.to == "peft",
+        "--adapter": bool(job.adapters) and job.to == "peft",
         "--tokenizer": job.tokenizer is not None and job.to == "peft",
         "--rope-scaling": job.rope_scaling is not None and job.to == "peft",
         "--base": job.base is not None and job.to != "peft" and not job.keep_adapter,
@@ -164,13 +183,14 @@ def _check_folder(job: Conversion) -> None:
 def _change(
     job: Conversion, model: Transformer, tokenizer: Tokenizer | None, report: dict[str, Any]
 ) -> tuple[Transformer, Tokenizer | None]:
-    if job.adapter is not None:
-        from kllm.export.adapter import adapter_targets, merge_adapter, read_adapter
+    if job.adapters:
+        from kllm.export.adapter import adapter_targets, merge_adapters, read_adapter
 
         if job.keep_adapter:  # written at the end, refused now
-            adapter_targets(model, read_adapter(job.adapter, model.shape.head_dim), job.adapter)
+            kept = job.adapters[0]
+            adapter_targets(model, read_adapter(kept, model.shape.head_dim), kept)
         else:
-            report["merged"] = merge_adapter(model, job.adapter)
+            report["merged"] = merge_adapters(model, [split_weight(text) for text in job.adapters])
     if job.tokenizer is not None:
         new = load_tokenizer(job.tokenizer)
         if tokenizer is None:  # weights alone: the tokenizer they were trained with
@@ -228,42 +248,3 @@ def _torch(job: Conversion, model: Transformer, say: Say) -> dict[str, Any]:
         "dtype": job.options.dtype,
         "bytes": job.out.stat().st_size,
     }
-
-
-def _peft(job: Conversion) -> dict[str, Any]:
-    """A LoRA file as a PEFT folder."""
-    from kllm.export.adapter import read_adapter, write_peft
-
-    adapter = read_adapter(job.source)
-    if adapter.source == "peft":
-        raise UserError("is a PEFT folder already", where=job.source, hint="copy it, or merge it: --adapter")
-    if heads := job.assume.get("num_attention_heads"):  # rows of the first generation are reordered by head
-        rows = next((b.shape[0] for name, (_, b) in adapter.pairs.items() if name.endswith("q_proj")), heads)
-        adapter = read_adapter(job.source, rows // heads)
-    base = job.base or ""
-    write_peft(adapter.pairs, job.out, alpha=adapter.alpha, rank=adapter.rank, base=base)
-    size = sum(f.stat().st_size for f in job.out.iterdir())
-    return {"modules": len(adapter.pairs), "rank": adapter.rank, "bytes": size}
-
-
-def _keep_adapter(job: Conversion, model: Transformer, directory: Path) -> str:
-    """The adapter beside the model as a PEFT folder."""
-    from kllm.export.adapter import read_adapter, write_peft
-
-    assert job.adapter is not None
-    given = Path(job.adapter)
-    if given.is_dir():  # its two files; what a training left beside them is nobody else's
-        directory.mkdir()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copyfile(given / name, directory / name)
-    else:
-        adapter = read_adapter(given, model.shape.head_dim)
-        write_peft(
-            adapter.pairs,
-            directory,
-            alpha=adapter.alpha,
-            rank=adapter.rank,
-            base=job.base or str(job.out),
-            shared_expert_gate=model.shape.shared_expert_gate,
-        )
-    return str(job.out / "adapter")

@@ -97,11 +97,16 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append((f"perplexity on {cost['texts']}", figures))
     if checked := report.get("verified"):
         facts.append(("checked with", hf_check(checked)))
-    if merged := report.get("merged"):
-        facts.append(("adapter", f"{merged['modules']} modules merged, rank {merged['rank']}"))
+    facts += [("adapter merged", merged_line(merged)) for merged in report.get("merged", ())]
     if change := report.get("vocabulary"):
         facts.append(("vocabulary", json.dumps(change)))
     return facts
+
+
+def merged_line(merged: dict[str, Any]) -> str:
+    """What one merged adapter was, in a line."""
+    share = "" if merged["weight"] == 1 else f" times {merged['weight']:g}"
+    return f"{merged['adapter']}{share}: {merged['modules']} modules, rank {merged['rank']}"
 
 
 def source_license(source: str) -> str:

@@ -18,13 +18,14 @@ from typing import Any
 from kllm.config.base import Section
 from kllm.config.dump import plain
 from kllm.config.recipe import stage_kind
-from kllm.config.stages import Stage
+from kllm.config.stages import STAGES, DistillStage, DpoStage, Stage
 from kllm.data.sources import content_hash, is_builtin
 from kllm.errors import UserError
+from kllm.eval.names import task_data
 from kllm.files import write_json
 from kllm.run.rundir import read_json
 
-CODE_VERSIONS = {"tokenizer": 1, "pretrain": 1, "sft": 1, "eval": 1, "export": 1}
+CODE_VERSIONS = dict.fromkeys(STAGES, 1)
 """Raised by hand when a stage of this kind would give another result from the same inputs."""
 
 IGNORED = ("log", "name")
@@ -115,15 +116,20 @@ def data_paths(stage: Stage) -> list[str]:
     paths = [source.path for source in getattr(stage, "data", [])]
     dataset = getattr(stage, "dataset", None)
     paths += [source.path for source in dataset.val_data] if dataset else []
+    if isinstance(stage, DpoStage | DistillStage) and samples_answers(stage):
+        paths += [source.path for source in stage.rollout.prompts]
+    if isinstance(stage, DistillStage):
+        paths += stage.prompts
     if getattr(stage, "quant", None) and getattr(stage, "calibrate", None):
         paths.append(stage.calibrate)  # type: ignore[union-attr]
     for task in getattr(stage, "tasks", []):
-        name, _, file = task.partition(":")
-        if name == "perplexity":
-            paths.append(file)
-        elif task.startswith("builtin:world"):
-            paths.append("builtin:world/eval")
+        paths += task_data(task)
     return list(dict.fromkeys(paths))
+
+
+def samples_answers(stage: DpoStage | DistillStage) -> bool:
+    """Whether answers are sampled from the model while it trains."""
+    return stage.online if isinstance(stage, DpoStage) else stage.distill.on_policy > 0
 
 
 def templates(stage: Stage) -> list[str]:

@@ -6,45 +6,41 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from kllm.data.batch import Batch
 from kllm.engine.engine import Engine
 from kllm.engine.params import SamplingParams
+from kllm.model.lora import plain_model
 from kllm.observe.console import Reporter
 from kllm.observe.sinks import Sinks
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.train.checkpoint import prune_checkpoints, save_checkpoint
 from kllm.train.device import Runtime
-from kllm.train.evaluate import evaluate
 from kllm.train.objective import TrainState, due, unwrap
 
 
 class EvaluateHook:
-    """Held-out loss at the start, every `every` steps and at the end; remembers the best."""
+    """Held-out figures at the start, every `every` steps and at the end; remembers the best."""
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Sequence[Batch],
+        measure: Callable[[nn.Module], dict[str, float]] | None,
         runtime: Runtime,
-        token_bytes: np.ndarray,
         *,
         every: int,
         sinks: Sinks,
         reporter: Reporter,
-        chunk: int,
     ) -> None:
-        self.model, self.batches, self.runtime, self.token_bytes = model, batches, runtime, token_bytes
-        self.every, self.sinks, self.reporter, self.chunk = every, sinks, reporter, chunk
+        self.model, self.measure, self.runtime = model, measure, runtime
+        self.every, self.sinks, self.reporter = every, sinks, reporter
         self.latest: dict[str, float] = {}
 
     def __call__(self, state: TrainState) -> None:
         stopped_early = state.last and state.step < state.steps
-        if not self.batches or stopped_early or not (state.step == 0 or due(state, self.every)):
+        if self.measure is None or stopped_early or not (state.step == 0 or due(state, self.every)):
             return
-        self.latest = evaluate(self.model, self.batches, self.runtime, self.token_bytes, self.chunk)
+        self.latest = self.measure(self.model)
         loss = self.latest.get("val/loss")
         if loss is not None and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step = loss, state.step
@@ -76,7 +72,7 @@ class SampleHook:
             return
         inner = unwrap(self.model)
         inner.eval()
-        engine = Engine(inner, self.tokenizer, max_batch=len(self.prompts))
+        engine = Engine(plain_model(inner), self.tokenizer, max_batch=len(self.prompts))
         params = SamplingParams(max_tokens=48, temperature=0.7, seed=self.seed)
         ids = [self.encode(prompt) for prompt in self.prompts]
         for prompt, completion in zip(self.prompts, engine.generate(ids, params), strict=True):
@@ -99,10 +95,13 @@ class SaveHook:
         keep_last: int,
         keep_best: bool,
         sinks: Sinks,
+        objective: nn.Module | None = None,
+        base: str = "",
     ) -> None:
         self.stage_dir, self.model, self.tokenizer, self.optimizers = stage_dir, model, tokenizer, optimizers
         self.runtime, self.extra, self.every, self.sinks = runtime, extra, every, sinks
         self.keep_last, self.keep_best = keep_last, keep_best
+        self.objective, self.base = objective, base
 
     def __call__(self, state: TrainState) -> None:
         if state.step == 0 or not due(state, self.every):
@@ -110,7 +109,8 @@ class SaveHook:
         if self.runtime.main:
             self.sinks.flush()  # rows up to here reach the disk before the checkpoint that follows them
             save_checkpoint(
-                self.stage_dir, unwrap(self.model), self.tokenizer, self.optimizers, state, self.extra()
-            )
+                self.stage_dir, unwrap(self.model), self.tokenizer, self.optimizers, state, self.extra(),
+                self.objective, self.base,
+            )  # fmt: skip
             prune_checkpoints(self.stage_dir, self.keep_last, state.best_step if self.keep_best else None)
         self.runtime.barrier()

@@ -13,7 +13,10 @@ from kllm.export.resolve import resolve, resolve_tokenizer
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a stage. `stage` names the stage of this run it comes from, or None for a path."""
+    """One input of a stage: model, tokenizer, teacher or endpoint.
+
+    `stage` names the stage of this run that it comes from; None for a path.
+    """
 
     what: str
     reference: str
@@ -44,8 +47,8 @@ def find_inputs(recipe: Recipe, name: str, run_dir: Path, *, fetch: bool = True)
             found[what] = Input(what, reference, producer, final if final.exists() else None)
         elif not fetch and not Path(reference).exists() and is_hub_id(reference):
             found[what] = Input(what, reference, None, None)
-        elif what == "tokenizer" and "model" in found and found["model"].reference == reference:
-            found[what] = Input(what, reference, None, found["model"].directory)
+        elif what == "tokenizer" and (same := [i for i in found.values() if i.reference == reference]):
+            found[what] = Input(what, reference, None, same[0].directory)
         else:
             found[what] = Input(what, reference, None, _locate(what, reference, name))
     return found
@@ -53,9 +56,10 @@ def find_inputs(recipe: Recipe, name: str, run_dir: Path, *, fetch: bool = True)
 
 def _locate(what: str, reference: str, stage: str) -> Path:
     try:
-        return resolve(reference) if what == "model" else resolve_tokenizer(reference)
+        return resolve_tokenizer(reference) if what == "tokenizer" else resolve(reference)
     except UserError as e:
-        raise UserError(f"{e.message} ({stage}.{what}.path)", where=e.where, hint=e.hint) from None
+        key = "from_endpoint" if what == "endpoint" else f"{what}.path"
+        raise UserError(f"{e.message} ({stage}.{key})", where=e.where, hint=e.hint) from None
 
 
 def producers(recipe: Recipe, name: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kllm.config.load import Loaded
 from kllm.config.recipe import stage_kind
-from kllm.config.stages import PretrainStage, SftStage, Stage
+from kllm.config.stages import Stage, TrainingStage
 from kllm.data import hub
 from kllm.data.sources import expand, is_builtin
 from kllm.errors import UserError
@@ -22,7 +22,7 @@ from kllm.run import checks, speeds
 from kllm.run.decide import Decision, decide
 from kllm.run.inputs import producers
 from kllm.run.rundir import RunDir
-from kllm.run.shapes import Memory, TrainingStage, planned_shape, steps_and_tokens, training_memory
+from kllm.run.shapes import Memory, planned_shape, steps_and_tokens, training_memory
 
 BYTES_PER_TOKEN = 3.5
 """Rough size of a token in UTF-8 bytes, for data that was never tokenised."""
@@ -71,7 +71,7 @@ def _stage_plan(loaded: Loaded, run: RunDir, decision: Decision) -> StagePlan:
     kind = stage_kind(stage)
     directories = {what: given.directory for what, given in decision.inputs.items()}
     shape = planned_shape(recipe, stage.name, directories.get("model"), directories.get("tokenizer"))
-    if not isinstance(stage, PretrainStage | SftStage):
+    if not isinstance(stage, TrainingStage):
         return StagePlan(decision, kind, parameters=count_parameters(shape) if shape else None)
     epoch, guessed = epoch_tokens(stage, run, decision)
     steps, tokens = steps_and_tokens(stage, epoch)
@@ -96,10 +96,10 @@ def _stage_plan(loaded: Loaded, run: RunDir, decision: Decision) -> StagePlan:
 def stage_memory(stage: TrainingStage, shape: ModelShape, device: str) -> Memory:
     """Memory of one process; half-size activations where the forward pass is in bfloat16."""
     half = stage.train.dtype == "bfloat16" or (stage.train.dtype == "auto" and device.startswith("cuda"))
-    rows = max(1, stage.train.micro_batch_tokens // stage.dataset.seq_len)
+    rows = max(1, stage.train.micro_batch_tokens // stage.row_tokens)
     return training_memory(
         shape,
-        min(rows * stage.dataset.seq_len, stage.train.batch_tokens),
+        min(rows * stage.row_tokens, stage.train.batch_tokens),
         optimizer=stage.optim.name,
         activation_bytes=2 if half else 4,
         checkpointing=stage.train.activation_checkpointing,
@@ -148,7 +148,7 @@ def show_plan(loaded: Loaded, run: RunDir, chosen: list[str], forced: list[str],
         reporter.message("time: unknown, nothing was trained on this device yet")
     for plan in plans:
         stage = recipe.stage(plan.decision.name)
-        if plan.decision.action != "skip" and isinstance(stage, PretrainStage | SftStage):
+        if plan.decision.action != "skip" and isinstance(stage, TrainingStage):
             _show_sample(stage, plan.decision, reporter)
     reporter.done("nothing was started; leave out --dry-run to run it")
 
@@ -192,7 +192,7 @@ def _memory_row(plan: StagePlan) -> tuple[str, ...]:
 def _show_sample(stage: Stage, decision: Decision, reporter: Reporter) -> None:
     from kllm.run.sample import first_sample
 
-    assert isinstance(stage, PretrainStage | SftStage)
+    assert isinstance(stage, TrainingStage)
     source = stage.data[0].path
     if hub.is_hub_id(source) and not Path(source).exists():
         reporter.message(f"{stage.name}: no sample, {source} is fetched from the hub when the stage runs")

@@ -8,6 +8,18 @@ from typing import Any
 
 from kllm.observe import units
 
+_COUNTED = (
+    "task",
+    "accuracy",
+    "correct",
+    "total",
+    "by_language",
+    "by_category",
+    "measure",
+    "style",
+    "samples",
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -28,13 +40,23 @@ def tables(result: Mapping[str, Any] | None) -> list[Table]:
             rows = [tuple(f[key] for key in ("file", "type", "size", "check")) for f in value]
             found.append(Table("", ("file", "type", "size", "checked with"), rows))
         elif isinstance(value, Mapping) and "by_category" in value:
-            found.append(_by_category(name, value))
+            found += _of_task(name, value)
         elif isinstance(value, Mapping) and "ppl" in value:
             found.append(Table(name, ("figure", "value"), flat_numbers(value)))
         else:
             figures[name] = value
     rows = flat_numbers(figures)
     return [Table("", ("figure", "value"), rows), *found] if rows else found
+
+
+def _of_task(name: str, result: Mapping[str, Any]) -> list[Table]:
+    """Shares by category and language, of the task and of what it counts besides; then its other figures."""
+    parts = {key: part for key, part in result.items() if isinstance(part, Mapping) and "by_category" in part}
+    found = [_by_category(name, result)]
+    found += [_by_category(f"{name} / {key}", part) for key, part in parts.items()]
+    rest = {key: value for key, value in result.items() if key not in (*_COUNTED, *parts)}
+    rows = flat_numbers(rest)
+    return [*found, Table(f"{name}: figures", ("figure", "value"), rows)] if rows else found
 
 
 def sample_answers(result: Mapping[str, Any] | None, limit: int = 12) -> list[Table]:
@@ -47,12 +69,13 @@ def sample_answers(result: Mapping[str, Any] | None, limit: int = 12) -> list[Ta
                 (s["question"], s["answer"], s["expected"], "yes" if s["correct"] else "no")
                 for s in samples[:limit]
             ]
-            found.append(Table(f"{name}: answers", ("question", "answer", "expected", "exact"), rows))
+            verdict = "exact" if "measure" not in value else "right"
+            found.append(Table(f"{name}: answers", ("question", "answer", "expected", verdict), rows))
     return found
 
 
 def _by_category(name: str, result: Mapping[str, Any]) -> Table:
-    """Exact answers by category (rows) and language (columns)."""
+    """Counts by category (rows) and language (columns)."""
     languages = list(result["by_language"])
     categories = dict.fromkeys(c for lang in languages for c in result["by_category"][lang])
     rows = [
@@ -60,7 +83,8 @@ def _by_category(name: str, result: Mapping[str, Any]) -> Table:
         for category in categories
     ]
     rows.append(("all", *(_share(result["by_language"][lang]) for lang in languages)))
-    return Table(f"{name}: exact answers {_share(result)}", ("category", *languages), rows)
+    measure = result.get("measure", "exact answers")
+    return Table(f"{name}: {measure} {_share(result)}", ("category", *languages), rows)
 
 
 def _share(row: Mapping[str, Any] | None) -> str:

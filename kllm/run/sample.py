@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kllm.config.stages import PretrainStage, SftStage
-from kllm.data.encode import ChatDocuments, EncodeOptions, TextEncoder
-from kllm.data.formats import normalise
+from kllm.config.stages import TrainingStage
+from kllm.data.encode import EncodeOptions
+from kllm.data.encode_pairs import encoder_for, sections
+from kllm.data.formats import TextRecord, records
 from kllm.data.messages import BadRow
 from kllm.data.sources import iter_records
 from kllm.errors import UserError
@@ -33,7 +33,7 @@ class Sample:
     stand_in: bool
 
 
-def first_sample(stage: PretrainStage | SftStage, tokenizer_dir: Path | None) -> Sample | None:
+def first_sample(stage: TrainingStage, tokenizer_dir: Path | None) -> Sample | None:
     """The first good record of the stage's first source; None if the first few are all bad.
 
     Args:
@@ -42,28 +42,29 @@ def first_sample(stage: PretrainStage | SftStage, tokenizer_dir: Path | None) ->
     Raises:
         UserError: the data cannot be read or is of another kind.
     """
-    source = stage.data[0].path
-    chat = isinstance(stage, SftStage)
+    source, kind = stage.data[0].path, stage.data_kind
     template = stage.tokenizer.chat_template
     for where, raw in islice(iter_records(source), LOOK_AT):
         try:
-            record = normalise(raw, "chat" if chat else "text")
+            record = records(raw, kind)[0]
         except BadRow as bad:
             if type(bad) is not BadRow:  # the whole file is of another kind
                 raise UserError(str(bad), where=where) from None
             continue
         tokenizer = _load(tokenizer_dir, template) if tokenizer_dir else _stand_in(record, template)
-        encode: Any = TextEncoder(tokenizer)
-        if chat:
-            encode = ChatDocuments(tokenizer, EncodeOptions(stage.dataset.seq_len))
-        document = next(encode([record]))
+        options = None if kind == "text" else EncodeOptions(stage.dataset.seq_len)
+        document = next(encoder_for(kind, tokenizer, options)([record]))
         if isinstance(document, BadRow):
             continue
-        ids, mask = document.renderings[0]
-        trained = np.ones(len(ids), dtype=bool) if mask is None else mask.astype(bool)
-        return Sample(
-            where, _spans(tokenizer, ids, trained), len(ids), int(trained.sum()), tokenizer_dir is None
-        )
+        parts = sections(document)
+        spans: list[tuple[str, bool]] = []
+        for name, ids, mask in parts:
+            if name and spans:
+                spans.append((f"\n[{name}] ", False))
+            spans += _spans(tokenizer, ids, mask.astype(bool))
+        tokens = sum(len(ids) for _, ids, _ in parts)
+        trained = sum(int(mask.sum()) for _, _, mask in parts)
+        return Sample(where, spans, tokens, trained, tokenizer_dir is None)
     return None
 
 
@@ -86,6 +87,6 @@ def _load(directory: Path, template: str | None) -> Tokenizer:
 def _stand_in(record: Any, template: str | None) -> Tokenizer:
     from kllm.tokenizer.train import train_tokenizer
 
-    text = getattr(record, "text", None) or "\n".join(str(m["content"]) for m in record.messages)
+    text = record.text if isinstance(record, TextRecord) else json.dumps(asdict(record), ensure_ascii=False)
     chat_template = Path(template).read_text(encoding="utf-8") if template else None
     return train_tokenizer([text], 400, chat_template=chat_template)[0]

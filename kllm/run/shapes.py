@@ -10,7 +10,7 @@ from typing import Any
 
 from kllm.config.parts import ModelSection
 from kllm.config.recipe import REFERENCE, Recipe
-from kllm.config.stages import PretrainStage, SftStage, TokenizerStage
+from kllm.config.stages import DistillStage, TokenizerStage, TrainingStage
 from kllm.errors import UserError
 from kllm.export.config import config_to_shape
 from kllm.model.presets import (
@@ -23,7 +23,6 @@ from kllm.model.presets import (
 )
 
 DEFAULT_PRESET = "k-small"
-TrainingStage = PretrainStage | SftStage
 
 
 def shape_overrides(section: ModelSection) -> dict[str, Any]:
@@ -39,6 +38,22 @@ def fresh_shape(section: ModelSection, vocab_size: int) -> ModelShape:
     # an override of the width alone must not leave a stale head_dim
     if section.head_dim is None and (section.hidden_size or section.num_attention_heads):
         shape = shape.with_(head_dim=shape.hidden_size // shape.num_attention_heads)
+    hf_model_type(shape)
+    return shape
+
+
+def pruned_shape(teacher: ModelShape, section: ModelSection) -> ModelShape:
+    """The teacher's shape with the student's sizes; what no part of the teacher can fill is refused."""
+    given = shape_overrides(section)
+    allowed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+               "num_key_value_heads", "moe_intermediate_size")  # fmt: skip
+    for name, value in given.items():
+        have = getattr(teacher, name)
+        if name not in allowed and value != have:
+            raise UserError("a student is cut out of its teacher by sizes only", where=f"model.{name}")
+        if name in allowed and value > have:
+            raise UserError(f"the teacher has only {have}", where=f"model.{name}", hint="give a smaller one")
+    shape = teacher.with_(**given)
     hf_model_type(shape)
     return shape
 
@@ -115,22 +130,25 @@ def planned_shape(recipe: Recipe, name: str, model: Path | None, tokenizer: Path
     stage = recipe.stage(name)
     if isinstance(stage, TokenizerStage):
         return None
-    if model is not None:
-        return shape_of_directory(model)
+    shape = None
     reference = recipe.inputs(name).get("model", "")
-    if reference.startswith(REFERENCE):
+    if model is not None:
+        shape = shape_of_directory(model)
+    elif reference.startswith(REFERENCE):
         producer = reference.removeprefix(REFERENCE)
-        return planned_shape(recipe, producer, None, tokenizer)
-    if reference or not isinstance(stage, PretrainStage | SftStage):
-        return None
+        shape = planned_shape(recipe, producer, None, tokenizer)
+    if isinstance(stage, DistillStage) and stage.student_from and shape is not None:
+        return pruned_shape(shape, stage.model)
+    if shape is not None or reference or not isinstance(stage, TrainingStage):
+        return shape
     vocab = planned_vocab(recipe, name, tokenizer)
     return fresh_shape(stage.model, vocab or get_preset(stage.model.preset or DEFAULT_PRESET).vocab_size)
 
 
 def steps_and_tokens(stage: TrainingStage, epoch_tokens: int | None = None) -> tuple[int | None, int | None]:
     """Planned optimiser steps and tokens; None while the size of an epoch is unknown."""
-    train, seq_len = stage.train, stage.dataset.seq_len
-    step_tokens = max(1, train.batch_tokens // seq_len) * seq_len
+    train, row = stage.train, stage.row_tokens
+    step_tokens = max(1, train.batch_tokens // row) * row
     if train.steps is not None:
         return train.steps, train.steps * step_tokens
     tokens = train.tokens

@@ -8,7 +8,9 @@ The rule:
 - a model from outside the recipe (a folder or a hub id) is replaced by a tiny one, trained for 6 steps in
   a stage put in front; so is its tokenizer, unless that is a local folder of its own;
 - training takes 6 steps of 1024 tokens in rows of at most 512, saves and evaluates every 3, on at most
-  256 KiB of each source, bad rows tolerated, without compilation;
+  256 KiB of each source, bad rows tolerated, without compilation; an adapter has rank 4;
+- answers that are sampled on the way have 8 tokens; an endpoint is asked 8 prompts and is a model of this
+  recipe where it was an URL;
 - evaluation asks 4 questions and reads 8 tokens of each answer; an export writes all its files;
 - data that is not on this machine is replaced by the built-in world's; extra sinks are left out.
 
@@ -28,6 +30,7 @@ from kllm.config.recipe import REFERENCE, Recipe
 from kllm.data.hub import is_hub_id
 from kllm.data.sources import expand, is_builtin
 from kllm.errors import UserError
+from kllm.eval.names import EXAMPLES
 from kllm.model.presets import get_preset
 from kllm.run.shapes import DEFAULT_PRESET
 
@@ -49,9 +52,8 @@ def shrink(loaded: Loaded) -> Loaded:
     """The recipe at smoke size; the origin of every changed value is `--smoke`."""
     recipe = loaded.recipe
     stages = [_shrunk(stage.model_dump()) for stage in recipe.stages]
-    outside_model = [s for s in stages if _outside(s.get("model"))]
+    outside_model = [s for s in stages if _take_inside(s)]
     for stage in outside_model:
-        stage["model"] = {"path": REFERENCE + MODEL}
         if stage["stage"] not in ("eval", "export") and not (stage.get("tokenizer") or {}).get("path"):
             stage["tokenizer"] = {"path": REFERENCE + MODEL}
     outside_tokenizer = [s for s in stages if _outside(s.get("tokenizer"))]
@@ -69,6 +71,18 @@ def shrink(loaded: Loaded) -> Loaded:
     return replace(loaded, recipe=small, origins=origins, text=dump_yaml(small, origins))
 
 
+def _take_inside(stage: dict[str, Any]) -> bool:
+    """Replaces the models from outside that a stage names by the recipe's own; whether there were any."""
+    found = False
+    for key in ("model", "teacher"):
+        if _outside(stage.get(key)):
+            stage[key], found = {"path": REFERENCE + MODEL}, True
+    for key in ("student_from", "from_endpoint"):
+        if _outside(stage.get(key)):
+            stage[key], found = REFERENCE + MODEL, True
+    return found
+
+
 def _outside(section: Any) -> bool:
     """The section names a model or tokenizer that no stage of the recipe makes."""
     path = section.get("path") if isinstance(section, Mapping) else section
@@ -82,22 +96,48 @@ def _shrunk(stage: dict[str, Any]) -> dict[str, Any]:
         return {**stage, "tasks": tasks, "limit": 4, "max_new_tokens": 8, "batch_size": 4}
     if kind == "export":
         return {**stage, "calibrate": None}
-    split = "sft" if kind == "sft" else "pretrain"
+    split = {"tokenizer": "pretrain", "pretrain": "pretrain", "dpo": "preference"}.get(kind, "sft")
     sources = stage.get("data") or [{"path": f"builtin:world/{split}"}]
     stage = {**stage, "data": [_here(source, split) for source in sources]}
     if kind == "tokenizer":
         return {**stage, "vocab_size": 600, "max_bytes": TEXT_BYTES}
     return {
         **stage,
-        "model": _tiny(stage.get("model") or {}),
+        "model": _tiny(stage.get("model") or {}, kind, stage.get("student_from")),
         "dataset": _tiny_dataset(stage.get("dataset") or {}, split),
         "train": _tiny_training(stage.get("train") or {}),
         "log": {},
+        **_tiny_alignment(stage),
     }
 
 
-def _tiny(model: dict[str, Any]) -> dict[str, Any]:
-    if model.get("path"):
+def _tiny_alignment(stage: dict[str, Any]) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    if lora := stage.get("lora"):
+        small["lora"] = {**lora, "rank": min(lora.get("rank") or 0, 4)}
+    if rollout := stage.get("rollout"):
+        prompts = [_here(source, "rl") for source in rollout.get("prompts") or []]
+        small["rollout"] = {**rollout, "prompts": prompts, "samples": 2, "max_tokens": 8, "refresh_every": 2}
+    if stage.get("prompts"):
+        small["prompts"] = [p if _exists(p) else "builtin:world/rl" for p in stage["prompts"]]
+    if collect := stage.get("collect"):
+        small["collect"] = {
+            **collect,
+            "limit": 8,
+            "max_tokens": 8,
+            "parallel": 4,
+            "model": None,
+            "require": [],
+        }
+        small["collect"] |= {"check_answer": False, "min_chars": 0, "duplicates": 1.0, "language": "any"}
+        small["collect"] |= {"max_repetition": 1.0, "refusals": False}
+    return small
+
+
+def _tiny(model: dict[str, Any], kind: str, student_from: str | None) -> dict[str, Any]:
+    if student_from:
+        return {"num_hidden_layers": 1}
+    if model.get("path") or (kind != "pretrain" and not model.get("preset")):
         return model
     preset = model.get("preset") or DEFAULT_PRESET
     try:
@@ -155,7 +195,7 @@ def _here(source: Any, split: str) -> dict[str, Any]:
 
 def _here_task(task: str) -> str:
     kind, _, file = task.partition(":")
-    return "builtin:world" if kind == "perplexity" and not _exists(file) else task
+    return task if not file or kind == "builtin" or _exists(file) else EXAMPLES.get(kind, "builtin:world")
 
 
 def _exists(path: str) -> bool:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import nn
 
-from kllm.config.stages import PretrainStage, SftStage
-from kllm.data.loader import PackedSource, val_batches
+from kllm.config.stages import DistillStage, PretrainStage, TrainingStage
 from kllm.errors import Interrupted
+from kllm.export.adapter import save_adapter
 from kllm.export.hf import save_model
 from kllm.export.load import load_model
+from kllm.model.lora import is_adapted, merge_lora
 from kllm.model.presets import count_parameters, flops_per_token
-from kllm.objectives.lm import LanguageModeling
+from kllm.model.transformer import Transformer
+from kllm.objectives.preference_eval import collapse_warning
 from kllm.observe.metrics import mfu
 from kllm.observe.sinks import make_sinks
 from kllm.optim.build import OptimConfig, build_optimizer, lr_scale
-from kllm.run.assemble import build_model, load_tokenizer, plan_sizes, prepare_data, token_weight_table
+from kllm.run.assemble import build_model, load_tokenizer, plan_sizes, prepare_data
+from kllm.run.blackbox import collected
 from kllm.run.context import StageContext
 from kllm.run.hooks import EvaluateHook, SampleHook, SaveHook
+from kllm.run.learning import Materials, learning_of
 from kllm.tokenizer.chat import ChatEncoder
-from kllm.train.checkpoint import checkpoint_dir, latest_checkpoint, load_checkpoint
+from kllm.train.checkpoint import checkpoint_dir, latest_checkpoint, load_checkpoint, load_weights
 from kllm.train.device import compile_blocks, make_runtime, peak_flops, worth_compiling, wrap_model
 from kllm.train.loop import Fit, Meters, StopSignal, fit
 from kllm.train.objective import TrainState
 
 
 class TrainingRun:
-    """One attempt at a pretrain or sft stage; continues where an earlier attempt stopped.
+    """One attempt at a training stage of any kind; continues where an earlier attempt stopped.
 
     Args:
         ctx: the stage, its folder and inputs.
@@ -36,16 +42,23 @@ class TrainingRun:
 
     def __init__(self, ctx: StageContext) -> None:
         stage = ctx.stage
-        assert isinstance(stage, PretrainStage | SftStage)
-        self.ctx, self.stage = ctx, stage
+        assert isinstance(stage, TrainingStage)
         self.runtime = make_runtime(ctx.device, stage.train.dtype)
+        if isinstance(stage, DistillStage) and stage.from_endpoint is not None:
+            stage = collected(ctx, stage, self.runtime.main)
+            self.runtime.barrier()
+        self.ctx, self.stage = ctx, stage
         self.tokenizer = load_tokenizer(ctx, stage.tokenizer.chat_template)
-        self.model = build_model(ctx, stage, self.tokenizer, self.runtime)
         self.data = prepare_data(ctx, stage, self.tokenizer, self.runtime)
-        self.source = self._source()
-        self.sizes = plan_sizes(stage, self.source.rows_per_epoch)
+        self.model = build_model(ctx, stage, self.tokenizer, self.runtime, self.data)
+        materials = Materials(ctx, stage, self.runtime, self.tokenizer, self.model, self.data)
+        self.learning = learning_of(materials)
+        self.source, self.objective = self.learning.source, self.learning.objective
+        self.sizes = plan_sizes(stage, self.learning.rows_per_epoch)
         self.optim = OptimConfig(**stage.optim.model_dump())
-        self.optimizers = build_optimizer(self.model.named_parameters(), self.optim)
+        self.optimizers = build_optimizer(
+            self._named_parameters(), self.optim, stage.adapter.lr_ratio if stage.adapter else 1.0
+        )
         self.flops = flops_per_token(self.model.shape, self._context_length())
         self.peak = peak_flops(self.runtime)
         self.state, self.meters = TrainState(steps=self.sizes.steps), Meters()
@@ -56,37 +69,28 @@ class TrainingRun:
             name=f"{ctx.recipe.name}-{stage.name}",
         )
         self.last: dict[str, float] = {}
+        self.warned = False
 
     @property
-    def _micro_rows(self) -> int:
-        return max(1, self.stage.train.micro_batch_tokens // self.stage.dataset.seq_len)
+    def _extra(self) -> list[nn.Parameter]:
+        """Parameters that the objective brings along (a projection of hidden states)."""
+        return list(self.objective.parameters()) if isinstance(self.objective, nn.Module) else []
 
-    def _source(self) -> PackedSource:
-        stage, runtime = self.stage, self.runtime
-        weights = stage.train.token_weights
-        return PackedSource(
-            self.data.train,
-            [s.weight for s in stage.data],
-            seq_len=stage.dataset.seq_len,
-            rows_per_step=max(1, stage.train.batch_tokens // stage.dataset.seq_len),
-            micro_rows=self._micro_rows,
-            seed=self.ctx.seed,
-            rank=runtime.rank,
-            world=runtime.world,
-            packing=stage.dataset.packing,
-            kind="text" if isinstance(stage, PretrainStage) else "chat",
-            token_weights=token_weight_table(weights, self.tokenizer, self.model.shape.vocab_size),
-        )
+    def _named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """The model's and the objective's."""
+        yield from self.model.named_parameters()
+        if isinstance(self.objective, nn.Module):
+            yield from self.objective.named_parameters()
 
     def _context_length(self) -> int:
         """Mean number of tokens that attention spans: a document, at most a row."""
         tokens = sum(s.meta["tokens"] for s in self.data.train)
         docs = sum(s.meta["docs"] for s in self.data.train)
-        return min(tokens // max(1, docs), self.stage.dataset.seq_len)
+        return min(tokens // max(1, docs), self.stage.row_tokens)
 
     def _compile(self) -> bool:
         """Compiles the blocks when asked to, or when the planned steps pay for it."""
-        tokens = self.sizes.rows_per_step * self.stage.dataset.seq_len
+        tokens = self.sizes.rows_per_step * self.stage.row_tokens
         wanted = worth_compiling(
             self.stage.train.compile,
             step_seconds=self.flops * tokens / (0.6 * (self.peak or 1e12)),
@@ -108,7 +112,7 @@ class TrainingRun:
         for leftover in torn:
             self.ctx.reporter.warn(f"ignored a torn checkpoint: {leftover.name}")
         if path is not None:
-            extra = load_checkpoint(path, self.model, self.optimizers, self.state)
+            extra = load_checkpoint(path, self.model, self.optimizers, self.state, self._objective_module)
             self.source.load_state_dict(extra["source"])
             self.meters.sums.load_state_dict(extra["meters"])
             if main:
@@ -122,26 +126,32 @@ class TrainingRun:
         if share is not None:
             means["perf/mfu"] = share
         self.last = means
+        self._watch(means.get("logps/chosen_drift"))
         if self.runtime.main:
             self.sinks.write({"step": state.step, **means})
             self.ctx.reporter.progress(self.stage.name, state.step, state.steps, means)
+
+    def _watch(self, drift: float | None) -> None:
+        """Says once when the better answers become unlikely too: the known failure of preference losses."""
+        warning = collapse_warning(drift) if drift is not None else None
+        if warning and not self.warned and self.runtime.main:
+            self.ctx.reporter.warn(warning)
+        self.warned = self.warned or warning is not None
 
     def _encode_prompt(self, text: str) -> list[int]:
         if isinstance(self.stage, PretrainStage):
             return self.tokenizer.encode(text)
         return ChatEncoder(self.tokenizer).prompt([{"role": "user", "content": text}])
 
+    def _extra_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and moments, as JSON."""
+        return {"source": self.source.state_dict(), "meters": self.meters.sums.state_dict()}
+
     def _hooks(self, model: Any) -> tuple[EvaluateHook, list[Any]]:
-        train, seq_len, ctx = self.stage.train, self.stage.dataset.seq_len, self.ctx
-        held_out = (
-            val_batches(self.data.val, seq_len, train.eval_tokens, self._micro_rows) if self.data.val else []
-        )
-        token_bytes = np.zeros(self.model.shape.vocab_size, dtype=np.int64)
-        known = self.tokenizer.token_bytes()
-        token_bytes[: len(known)] = known
+        train, ctx = self.stage.train, self.ctx
         evaluator = EvaluateHook(
-            model, held_out, self.runtime, token_bytes,
-            every=train.eval_every, sinks=self.sinks, reporter=ctx.reporter, chunk=train.loss_chunk,
+            model, self.learning.held_out, self.runtime,
+            every=train.eval_every, sinks=self.sinks, reporter=ctx.reporter,
         )  # fmt: skip
         sampler = SampleHook(
             model, self.tokenizer, train.sample_prompts, self._encode_prompt, self.runtime,
@@ -149,8 +159,9 @@ class TrainingRun:
         )  # fmt: skip
         saver = SaveHook(
             ctx.stage_dir, model, self.tokenizer, self.optimizers, self.runtime,
-            lambda: {"source": self.source.state_dict(), "meters": self.meters.sums.state_dict()},
+            self._extra_state,
             every=train.save_every, keep_last=train.keep_last, keep_best=train.keep_best, sinks=self.sinks,
+            objective=self._objective_module, base=self._base,
         )  # fmt: skip
         return evaluator, [evaluator, sampler, saver]
 
@@ -169,9 +180,9 @@ class TrainingRun:
         began = time.monotonic()
         with StopSignal() as stop:
             loop = Fit(
-                model, self.source, LanguageModeling(self.stage.train.loss_chunk), self.optimizers,
+                model, self.source, self.objective, self.optimizers,
                 lambda step: lr_scale(step, self.sizes.steps, self.optim),
-                self.runtime, self.state, self.meters, self._log, hooks, stop,
+                self.runtime, self.state, self.meters, self._log, hooks, stop, extra=self._extra,
                 max_grad_norm=self.stage.train.max_grad_norm, log_every=self.stage.train.log_every,
                 seed=self.ctx.seed,
             )  # fmt: skip
@@ -186,19 +197,42 @@ class TrainingRun:
         return self._facts(evaluator, compiled, time.monotonic() - began)
 
     def _write_final(self) -> None:
-        """The stage's result: the last weights, or the best ones when they were kept."""
+        """The stage's result: the last weights, or the best ones when they were kept.
+
+        Of an adapter both are written: the adapter itself, and `final`, the model with it merged in.
+        """
         model, best = self.model, self.state.best_step
         if self.stage.train.keep_best and best is not None and best != self.state.step:
             path = checkpoint_dir(self.ctx.stage_dir, best)
             if path.exists():
-                model, _ = load_model(path)
+                model = self._best_model(path)
                 self.ctx.reporter.message(f"final is the best checkpoint, step {best}")
+        if is_adapted(model):
+            save_adapter(model, self.ctx.stage_dir / "adapter", base=self._base)
+            model = merge_lora(model)
         save_model(model, self.tokenizer, self.ctx.final_dir)
+
+    def _best_model(self, path: Path) -> Transformer:
+        if not is_adapted(self.model):
+            return load_model(path)[0]
+        load_weights(path, self.model)
+        return self.model
+
+    @property
+    def _base(self) -> str:
+        """Name of the model that an adapter belongs to."""
+        return self.ctx.recipe.inputs(self.stage.name).get("model", "")
+
+    @property
+    def _objective_module(self) -> nn.Module | None:
+        """The objective, where it has parameters of its own."""
+        return self.objective if isinstance(self.objective, nn.Module) else None
 
     def _facts(self, evaluator: EvaluateHook, compiled: bool, seconds: float) -> dict[str, Any]:
         return {
             "result": {**self.last, **evaluator.latest},
             "parameters": count_parameters(self.model.shape),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "steps": self.state.steps,
             "tokens": self.state.tokens,
             "trained_tokens": self.state.trained_tokens,
@@ -213,18 +247,21 @@ class TrainingRun:
         }
 
     def _header(self, compiled: bool) -> dict[str, Any]:
-        shape, sizes, seq_len = self.model.shape, self.sizes, self.stage.dataset.seq_len
+        shape, sizes, row = self.model.shape, self.sizes, self.stage.row_tokens
         docs = sum(s.meta["docs"] for s in self.data.train)
         tokens = sum(s.meta["tokens"] for s in self.data.train)
-        total = sizes.steps * sizes.rows_per_step * seq_len
+        total = sizes.steps * sizes.rows_per_step * row
         size = f"{count_parameters(shape):,} parameters"
+        if is_adapted(self.model):
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            size += f" (an adapter of {trained:,} is trained)"
         device = f"{self.runtime.device} {str(self.runtime.dtype).removeprefix('torch.')}"
         if self.runtime.world > 1:
             device += f" x {self.runtime.world}"
         return {
             "model": f"{size}, {shape.num_hidden_layers} layers of {shape.hidden_size}",
             "data": f"{docs:,} documents, {tokens:,} tokens",
-            "plan": f"{sizes.steps:,} steps of {sizes.rows_per_step} x {seq_len} tokens",
+            "plan": f"{sizes.steps:,} steps of {sizes.rows_per_step} x {row} tokens",
             "compute": f"{self.flops * total / 1e12:,.1f} TFLOP",
             "device": device + (", compiled" if compiled else ""),
             "folder": str(self.ctx.stage_dir),

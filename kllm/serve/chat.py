@@ -157,6 +157,7 @@ async def prepared(body: ChatRequest, served: Served, settings: Settings) -> Cha
         constraint=None if grammar is None else await compiled(runtime, grammar, after),
         shown=reading.shown(),
         banned=_banned(plan, tokenizer),
+        adapter=served.adapter,
     )
     if plan.forced is not None:  # a stop string inside its JSON would cut the call
         params = [replace(one, stop=()) for one in params]

@@ -221,6 +221,7 @@ def _requests(
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
             constraint=constraint,
+            adapter=served.adapter,
         )
         each += [ids] * body.n
     return each, params

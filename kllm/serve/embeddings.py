@@ -75,7 +75,7 @@ async def embeddings(request: Request) -> Any:
 
 
 async def _vectors(served: Served, prompts: list[list[int]], pooling: str) -> list[list[float]]:
-    return [await served.runtime.embed(ids, pooling) for ids in prompts]
+    return [await served.runtime.embed(ids, pooling, served.adapter) for ids in prompts]
 
 
 def _answer(body: EmbeddingRequest, name: str, vectors: list[list[float]], tokens: int) -> JSONResponse:

@@ -187,6 +187,7 @@ class SamplingFields(Fields):
         constraint: Constraint | None = None,
         shown: Sequence[int] = (),
         banned: Sequence[int] = (),
+        adapter: str | None = None,
     ) -> list[SamplingParams]:
         """What the engine is asked, one entry per choice (`n`).
 
@@ -199,6 +200,7 @@ class SamplingFields(Fields):
             constraint: the grammar that the answer obeys.
             shown: special ids whose text stays in the answer.
             banned: ids that are never drawn.
+            adapter: the engine's name for what was asked for.
 
         Raises:
             ApiError: 400.
@@ -223,6 +225,7 @@ class SamplingFields(Fields):
                 constraint=constraint,
                 shown_special_ids=tuple(shown),
                 salt=self.cache_salt or "",
+                adapter=adapter,
             )
         except UserError as e:
             raise from_user_error(e) from e

@@ -8,17 +8,19 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kllm.errors import KllmError, UserError
+from kllm.serve.adapters import beside, check_reference, read_reference
 from kllm.serve.errors import ApiError
 from kllm.serve.ops import kllm_version
 from kllm.serve.registry import Registry, Served
 from kllm.serve.runtime import EngineRuntime
 from kllm.serve.settings import Settings
+from kllm.serve.sources import Source, default_name
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-_NAME = re.compile(r"[\w.@:+-]+(?:/[\w.@:+-]+)*")
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 _OPTIONS = ("max_context", "prefill_chunk", "speculate", "kv_dtype", "kv_memory", "draft", "device", "dtype")
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -54,61 +55,11 @@ class LoadOptions:
     draft: str | None = None
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model to serve: its name in requests, where it is, and an adapter to merge into it."""
-
-    name: str
-    path: str
-    adapter: str | None = None
-    parent: str | None = None
-
-
-def sources_of(models: Sequence[str], adapters: Sequence[str] = ()) -> list[Source]:
-    """The sources that MODEL and --adapter arguments mean; adapters go onto the first model.
-
-    Raises:
-        UserError: no name in front of an adapter, a strange name, one name twice.
-    """
-    sources = [_source(text) for text in models]
-    for text in adapters:
-        name, sign, path = text.partition("=")
-        if not sign or not path:
-            raise UserError(f"expected NAME=DIR, got {text!r}", where="flag --adapter")
-        sources.append(Source(name, sources[0].path, path, sources[0].name))
-    names = [source.name for source in sources]
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise UserError(f"{name!r} is no name for a model", hint="NAME=PATH gives it one")
-        if names.count(name) > 1:
-            raise UserError(f"two models are called {name!r}", hint="NAME=PATH gives one another name")
-    return sources
-
-
-def _source(text: str) -> Source:
-    name, sign, path = text.partition("=")
-    if sign and path and _NAME.fullmatch(name) and not Path(text).expanduser().exists():
-        return Source(name, path)
-    return Source(default_name(text), text)
-
-
-def default_name(path: str) -> str:
-    """The run's name for what is in a run, else the last part of the path or hub id."""
-    place = Path(path).expanduser()
-    if place.exists():
-        place = place.resolve()
-        run = next((p for p in (place, *place.parents) if (p / "run.json").is_file()), None)
-        if run is not None:
-            return run.name
-        return place.stem if place.is_file() else place.name
-    return path.rstrip("/").rpartition("/")[2].partition("@")[0]
-
-
 def check(sources: Iterable[Source], options: LoadOptions) -> None:
-    """What can be seen to be wrong without torch and without the network.
+    """What can be seen to be wrong without the network; and without torch, if there is no adapter.
 
     Raises:
-        UserError: no such model, adapter, draft or device.
+        UserError: no such model, adapter, draft or device; another model's adapter.
     """
     from kllm.export.hub import is_hub_id
     from kllm.export.resolve import resolve
@@ -117,10 +68,10 @@ def check(sources: Iterable[Source], options: LoadOptions) -> None:
         known = "auto, cpu, cuda, cuda:1, mps"
         raise UserError(f"unknown device {options.device!r}", where="flag --device", hint=known)
     for source in sources:
-        if Path(source.path).expanduser().exists() or not is_hub_id(source.path):
-            resolve(source.path)
-        if source.adapter is not None and not Path(source.adapter).exists():
-            raise UserError("no such adapter", where=f"flag --adapter {source.adapter}")
+        local = Path(source.path).expanduser().exists() or not is_hub_id(source.path)
+        place = resolve(source.path) if local else None
+        if source.adapter is not None:
+            check_reference(source.adapter, place)
     draft = options.draft
     if draft is not None and (Path(draft).expanduser().exists() or not is_hub_id(draft)):
         with _flags(options):
@@ -128,7 +79,7 @@ def check(sources: Iterable[Source], options: LoadOptions) -> None:
 
 
 @contextlib.contextmanager
-def _flags(options: LoadOptions, adapter: str | None = None) -> Iterator[None]:
+def _flags(options: LoadOptions) -> Iterator[None]:
     """Errors in what a flag gave name the flag: `flag --draft nope: ...`."""
     try:
         yield
@@ -136,8 +87,8 @@ def _flags(options: LoadOptions, adapter: str | None = None) -> Iterator[None]:
         place = (error.where or "").replace("-", "_")
         if place in _OPTIONS:
             error.where = f"flag --{place.replace('_', '-')}"
-        elif error.where is not None and error.where in (options.draft, adapter):
-            error.where = f"flag --{'draft' if adapter is None else 'adapter'} {error.where}"
+        elif error.where is not None and error.where == options.draft:
+            error.where = f"flag --draft {error.where}"
         raise
 
 
@@ -156,11 +107,17 @@ def load_all(
         UserError, KllmError: a model that cannot be served.
     """
     draft = _draft(options)
-    for source in sources:
-        served = load_one(source, options, settings, draft=draft, say=say, on_dead=on_dead)
-        registry.add(served)
-        for line in served.lines:
-            say(f"{served.name}: {line}")
+    every = list(sources)
+    for source in (one for one in every if one.adapter is None):
+        mine = {
+            one.name: one.adapter for one in every if one.adapter is not None and one.parent == source.name
+        }
+        for served in load_with_adapters(
+            source, mine, options, settings, draft=draft, say=say, on_dead=on_dead
+        ):
+            registry.add(served)
+            for line in served.lines:
+                say(f"{served.name}: {line}")
     registry.open()
 
 
@@ -174,6 +131,20 @@ def load_one(
     on_dead: Callable[[], None] | None = None,
 ) -> Served:
     """One model, ready to answer."""
+    return load_with_adapters(source, {}, options, settings, draft=draft, say=say, on_dead=on_dead)[0]
+
+
+def load_with_adapters(
+    source: Source,
+    adapters: Mapping[str, str],
+    options: LoadOptions,
+    settings: Settings,
+    *,
+    draft: Transformer | None,
+    say: Say,
+    on_dead: Callable[[], None] | None,
+) -> list[Served]:
+    """One model, ready to answer, and the adapters on it: name -> where it is."""
     from kllm.export.resolve import resolve
     from kllm.model.presets import count_parameters
 
@@ -186,20 +157,23 @@ def load_one(
         say(f"warning: --max-context {options.max_context}: the model has {context:,}")
     numbers = str(next(model.parameters()).dtype).removeprefix("torch.")
     engine = build_engine(model, tokenizer, options, settings, draft)
+    weights = {name: read_reference(place, engine.shape) for name, place in adapters.items()}
+    for name, one in weights.items():
+        engine.add_adapter(name, one)
     runtime = EngineRuntime(engine, encoder=encoder, settings=settings, on_dead=on_dead)
     threading.Thread(target=_warm, args=(runtime,), name="grammars", daemon=True).start()
     size = f"{count_parameters(engine.shape):,} parameters, {numbers} on {engine.device}"
     lines = [f"{size}, context {engine.max_context:,}", engine.kv_line()]
     lines += [line for line in [*_chosen(options), _kernels(engine)] if line]
-    return Served(
+    served = Served(
         name=source.name,
         runtime=runtime,
-        root=default_name(source.adapter or source.path),
-        parent=source.parent,
+        root=default_name(source.path),
         fingerprint=fingerprint,
         generation=generation_defaults(place),
         lines=tuple(lines),
     )
+    return [served, *(beside(served, name, one) for name, one in weights.items())]
 
 
 def _warm(runtime: EngineRuntime) -> None:
@@ -274,11 +248,6 @@ def _model(source: Source, place: Path, options: LoadOptions, say: Say) -> tuple
     if tokenizer is None:
         hint = f"kllm convert {source.path} OUT --tokenizer DIR gives it one"
         raise UserError("the model has no tokenizer beside it", where=source.path, hint=hint)
-    if source.adapter is not None:
-        from kllm.export.adapter import merge_adapter
-
-        with _flags(options, source.adapter):
-            merge_adapter(model, source.adapter)
     if options.rope_scaling is not None and options.factor is not None:
         model = stretched(model, options.rope_scaling, options.factor)
     return model.eval(), tokenizer

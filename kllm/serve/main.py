@@ -21,11 +21,12 @@ from types import FrameType
 import uvicorn
 
 from kllm.errors import EXIT_FAILURE, EXIT_OK, KllmError, UserError
-from kllm.serve.loading import LoadOptions, Source, check, load_all
+from kllm.serve.loading import LoadOptions, check, load_all
 from kllm.serve.protocol import Protocol
 from kllm.serve.registry import Registry
 from kllm.serve.runtime import draining_error
 from kllm.serve.settings import Settings
+from kllm.serve.sources import Source
 
 log = logging.getLogger("kllm.serve")
 
@@ -64,7 +65,7 @@ class Server(uvicorn.Server):
 
     def _limit(self) -> None:
         assert self.loop is not None
-        waiting = sum(one.runtime.in_flight for one in self.registry)
+        waiting = sum(runtime.in_flight for runtime in self.registry.runtimes)
         if waiting:
             what = "1 request" if waiting == 1 else f"{waiting} requests"
             log.info("finishing %s, at most %g s; Ctrl-C again stops now", what, self.drain)

@@ -41,10 +41,10 @@ class Histogram:
 
 
 class ModelMetrics:
-    """What one model's runtime counts; written by the event loop."""
+    """What is counted for one model or adapter; written by the event loop."""
 
     def __init__(self) -> None:
-        self.rejected = 0
+        self.rejected = self.prompt_tokens = self.generation_tokens = 0
         self.reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self.first_token = Histogram()
         self.between_tokens = Histogram(_SHORT)
@@ -57,11 +57,12 @@ class ModelMetrics:
 
 
 class Metrics:
-    """The document of all models."""
+    """The document of all models. What an engine has is under its own model's name, not an adapter's."""
 
     def render(self, models: Iterable[Served]) -> str:
         """The text of /metrics."""
         served = list(models)
+        first = {one.runtime: one for one in reversed(served)}
         labels = [f'model_name="{_escaped(one.name)}"' for one in served]
         lines: list[str] = []
 
@@ -69,21 +70,22 @@ class Metrics:
             lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples))
 
         pairs = list(zip(served, labels, strict=True))
-        for name, kind, text, value in _SIMPLE:
-            full = f"kllm:{name}"
-            family(full, kind, text, [f"{full}{{{label}}} {value(one):.9g}" for one, label in pairs])
+        owners = [(one, label) for one, label in pairs if first[one.runtime] is one]
+        for of_engine, name, kind, text, value in _SIMPLE:
+            full, whose = f"kllm:{name}", owners if of_engine else pairs
+            family(full, kind, text, [f"{full}{{{label}}} {value(one):.9g}" for one, label in whose])
         name = "kllm:request_success_total"
         reasons = [
             f'{name}{{{label},finished_reason="{reason}"}} {count}'
             for one, label in pairs
-            for reason, count in one.runtime.metrics.reasons.items()
+            for reason, count in one.metrics.reasons.items()
         ]
         family(name, "counter", "Finished requests by the reason of their end.", reasons)
         for name, attribute, text in _HISTOGRAMS:
             samples = [
                 line
                 for one, label in pairs
-                for line in getattr(one.runtime.metrics, attribute).lines(f"kllm:{name}", label)
+                for line in getattr(one.metrics, attribute).lines(f"kllm:{name}", label)
             ]
             family(f"kllm:{name}", "histogram", text, samples)
         resident = resident_bytes()
@@ -98,45 +100,40 @@ def _kv_usage(one: Served) -> float:
     return 1 - stats.kv_pages_free / stats.kv_pages_total if stats.kv_pages_total else 0.0
 
 
+_ENGINE, _NAME = True, False
 _SIMPLE = (
-    ("num_requests_running", "gauge", "Requests that hold a row.", lambda m: m.runtime.running),
-    ("num_requests_waiting", "gauge", "Requests that wait for a row.", lambda m: m.runtime.waiting),
-    ("kv_cache_usage_perc", "gauge", "Used part of the KV cache; 1 is all.", _kv_usage),
+    (_ENGINE, "num_requests_running", "gauge", "Requests that hold a row.", lambda m: m.runtime.running),
+    (_ENGINE, "num_requests_waiting", "gauge", "Requests that wait for a row.", lambda m: m.runtime.waiting),
+    (_ENGINE, "kv_cache_usage_perc", "gauge", "Used part of the KV cache; 1 is all.", _kv_usage),
     (
+        _ENGINE,
         "num_preemptions_total",
         "counter",
         "Requests put back into the queue.",
         lambda m: m.runtime.stats().preemptions,
     ),
+    (_NAME, "prompt_tokens_total", "counter", "Tokens of prompts.", lambda m: m.metrics.prompt_tokens),
+    (_NAME, "generation_tokens_total", "counter", "Tokens generated.", lambda m: m.metrics.generation_tokens),
     (
-        "prompt_tokens_total",
-        "counter",
-        "Tokens of prompts.",
-        lambda m: m.runtime.stats().prompt_tokens,
-    ),
-    (
-        "generation_tokens_total",
-        "counter",
-        "Tokens generated.",
-        lambda m: m.runtime.stats().generation_tokens,
-    ),
-    (
+        _ENGINE,
         "prefix_cache_queries_total",
         "counter",
         "Prompt tokens looked up in the prefix cache.",
         lambda m: m.runtime.stats().prefix_queries,
     ),
     (
+        _ENGINE,
         "prefix_cache_hits_total",
         "counter",
         "Prompt tokens found in the prefix cache.",
         lambda m: m.runtime.stats().prefix_hits,
     ),
     (
+        _NAME,
         "admission_rejections_total",
         "counter",
         "Requests refused because the queue was full.",
-        lambda m: m.runtime.metrics.rejected,
+        lambda m: m.metrics.rejected,
     ),
 )
 _HISTOGRAMS = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kllm.serve.errors import ApiError, shown
+from kllm.serve.metrics import ModelMetrics
 from kllm.serve.runtime import EngineRuntime, dead_error, draining_error
 
 Status = Literal["ok", "loading", "draining", "engine_dead"]
@@ -19,8 +20,9 @@ class Served:
     """One name that requests can ask for.
 
     Attributes:
-        root: what was loaded, without its folder.
+        root: what was loaded, without its folder; an adapter's base model.
         parent: an adapter's base model, else None.
+        adapter: its name in the engine, which is the base model's.
         fingerprint: changes exactly when greedy output may change.
         generation: defaults of generation_config.json, of temperature, top_p, top_k, min_p,
             repetition_penalty; absent where the model says nothing.
@@ -32,6 +34,7 @@ class Served:
     root: str
     fingerprint: str
     parent: str | None = None
+    adapter: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     generation: dict[str, Any] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
@@ -39,6 +42,11 @@ class Served:
     @property
     def max_model_len(self) -> int:
         return self.runtime.max_context
+
+    @property
+    def metrics(self) -> ModelMetrics:
+        """What is counted for this name."""
+        return self.runtime.metrics_of(self.adapter)
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -62,13 +70,18 @@ class Registry:
         return iter(list(self._models.values()))
 
     @property
+    def runtimes(self) -> list[EngineRuntime]:
+        """Each engine once: adapters share their base model's."""
+        return list(dict.fromkeys(one.runtime for one in self))
+
+    @property
     def status(self) -> Status:
         """`ok` while requests are taken."""
         if self._draining:
             return "draining"
         if self._loading:
             return "loading"
-        return "engine_dead" if any(one.runtime.dead for one in self) else "ok"
+        return "engine_dead" if any(runtime.dead for runtime in self.runtimes) else "ok"
 
     def get(self, name: str | None) -> Served:
         """The model of that name; the first one for None.
@@ -95,7 +108,7 @@ class Registry:
         if self._loading:
             headers = {"Retry-After": "2"}
             raise ApiError(503, "The model is being loaded.", code="loading", headers=headers)
-        if self._models and all(one.runtime.dead for one in self):
+        if self._models and all(runtime.dead for runtime in self.runtimes):
             raise dead_error()
 
     def add(self, served: Served) -> None:
@@ -109,15 +122,15 @@ class Registry:
     def drain(self) -> None:
         """Takes no new requests; those under way go on."""
         self._draining = True
-        for one in self:
-            one.runtime.draining = True
+        for runtime in self.runtimes:
+            runtime.draining = True
 
     def abort(self, error: ApiError) -> None:
         """Every caller of every model gets `error` now; on the event loop."""
-        for one in self:
-            one.runtime.abort(error)
+        for runtime in self.runtimes:
+            runtime.abort(error)
 
     def stop(self) -> bool:
         """Ends the engine threads; whether all have ended."""
-        ended = [one.runtime.stop() for one in self]
+        ended = [runtime.stop() for runtime in self.runtimes]
         return all(ended)

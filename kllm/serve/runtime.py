@@ -41,7 +41,7 @@ class EngineRuntime:
         engine: from now on only this object uses it, but for `check` and the constants.
         encoder: the chat template, None if the tokenizer has none.
         settings: queue bounds and time limits.
-        metrics: told about every request.
+        metrics: told about every request of the model itself; adapters have their own.
         on_dead: called once, from the engine thread, when the engine is given up.
     """
 
@@ -57,6 +57,7 @@ class EngineRuntime:
         self.engine, self.encoder = engine, encoder
         self.settings = settings or Settings()
         self.metrics = metrics or ModelMetrics()
+        self._adapters: dict[str, ModelMetrics] = {}
         self.draining = False
         self.in_flight = 0
         """Requests and embeddings admitted and not finished; the event loop's number."""
@@ -116,7 +117,9 @@ class EngineRuntime:
         """
         self._loop = asyncio.get_running_loop()
         self._check(prompts, params)
-        self._admit(len(prompts))
+        metrics = self.metrics_of(params[0].adapter)
+        self._admit(len(prompts), metrics)
+        metrics.prompt_tokens += sum(map(len, prompts))
         ticket = Ticket(prompts, params, self._cancel, time.monotonic())
         self.in_flight += len(prompts)
         self._live.add(ticket)
@@ -132,7 +135,7 @@ class EngineRuntime:
         self._thread.start(ticket)
         return ticket
 
-    async def embed(self, prompt_ids: Sequence[int], pooling: str) -> list[float]:
+    async def embed(self, prompt_ids: Sequence[int], pooling: str, adapter: str | None = None) -> list[float]:
         """The pooled hidden state [H] of a prompt, not normalised.
 
         Raises:
@@ -140,13 +143,16 @@ class EngineRuntime:
         """
         if len(prompt_ids) > self.max_context:
             raise context_error(self.max_context, len(prompt_ids), "input")
-        vector: list[float] = await self.call(lambda engine: engine.embed(list(prompt_ids), pooling).tolist())
+        ids = list(prompt_ids)
+        vector: list[float] = await self.call(
+            lambda engine: engine.embed(ids, pooling, adapter).tolist(), self.metrics_of(adapter)
+        )
         return vector
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
-        """`function(engine)` between two steps, in the engine's thread."""
+    async def call(self, function: Callable[[Engine], T], metrics: ModelMetrics | None = None) -> T:
+        """`function(engine)` between two steps, in the engine's thread; `metrics` count a refusal."""
         loop = self._loop = asyncio.get_running_loop()
-        self._admit(1)
+        self._admit(1, metrics or self.metrics)
         future: asyncio.Future[T] = loop.create_future()
         self._calls.add(future)
         self.in_flight += 1
@@ -156,6 +162,12 @@ class EngineRuntime:
         finally:
             self.in_flight -= 1
             self._calls.discard(future)
+
+    def metrics_of(self, adapter: str | None) -> ModelMetrics:
+        """What is counted for an adapter's requests; for those of the model itself with None."""
+        if adapter is None:
+            return self.metrics
+        return self._adapters.setdefault(adapter, ModelMetrics())
 
     def stats(self) -> EngineStats:
         """The engine's `EngineStats` after the newest step."""
@@ -201,7 +213,7 @@ class EngineRuntime:
             except UserError as e:
                 raise from_user_error(e) from None
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, metrics: ModelMetrics) -> None:
         if self.dead:
             raise dead_error()
         if self.draining:
@@ -210,7 +222,7 @@ class EngineRuntime:
         if count > room:
             raise ApiError(400, f"{count} answers in one request; this server takes at most {room}.")
         if self.in_flight + count > room:
-            self.metrics.rejected += 1
+            metrics.rejected += 1
             seconds = self.retry_after()
             message = f"The queue is full; try again in {seconds} s."
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
@@ -229,8 +241,9 @@ class EngineRuntime:
                 self._live.discard(ticket)
 
     def _measure(self, ticket: Ticket, index: int, event: Event, now: float) -> None:
-        metrics = self.metrics
+        metrics = self.metrics_of(ticket.params[0].adapter)
         if count := len(event.token_ids):
+            metrics.generation_tokens += count
             if ticket.first is None:
                 ticket.first = now
                 metrics.first_token.observe(now - ticket.created)

@@ -1,7 +1,9 @@
 """Checkpoints: a Hugging Face directory plus `state/`, written whole or not at all.
 
 What is kept: weights (float32), optimiser moments, the step and counters, the data cursor, the
-half-added metrics. Randomness is a function of (seed, step), so there is none to keep.
+half-added metrics. Randomness is a function of (seed, step), so there is none to keep. When an adapter is
+trained, it alone is kept: as a PEFT directory `adapter/`, and bit for bit in `state/`; the frozen weights
+are where the stage found them.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import torch
 from safetensors import SafetensorError
 
 from kllm.errors import KllmError, UserError
+from kllm.export.adapter import save_adapter
 from kllm.export.hf import check_state, read_shape, read_tensors, write_model_files
 from kllm.export.mapping import hf_to_state
 from kllm.export.resolve import COMPLETE, complete_checkpoints
 from kllm.files import new_directory, remove_leftovers, write_json
+from kllm.model.lora import is_adapted, load_lora_state, lora_state
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.train.objective import TrainState
 
@@ -36,6 +40,8 @@ def save_checkpoint(
     optimizers: Any,
     state: TrainState,
     extra: dict[str, Any],
+    objective: torch.nn.Module | None = None,
+    base: str = "",
 ) -> Path:
     """Writes checkpoints/step-N; a crash or a full disk leaves the earlier ones as they were.
 
@@ -44,14 +50,22 @@ def save_checkpoint(
         model, tokenizer: saved as a model directory.
         optimizers: its state_dict goes to state/optimizer.pt.
         state: counters.
-        extra: JSON-able states of the source, the meters and the objective.
+        extra: JSON-able states of the source and the meters.
+        objective: its parameters go to state/objective.pt, where it has any.
+        base: name of the model that an adapter belongs to.
     """
     path = checkpoint_dir(stage_dir, state.step)
     _check_space(path.parent, model)
     try:
         with new_directory(path) as aside:
-            write_model_files(model, tokenizer, aside)
             (aside / "state").mkdir()
+            if is_adapted(model):
+                save_adapter(model, aside / "adapter", base=base)
+                torch.save(lora_state(model), aside / "state" / "lora.pt")
+            else:
+                write_model_files(model, tokenizer, aside)
+            if objective is not None:
+                torch.save(objective.state_dict(), aside / "state" / "objective.pt")
             torch.save(optimizers.state_dict(), aside / "state" / "optimizer.pt")
             write_json(aside / "state" / "trainer.json", {"train": state.state_dict(), **extra})
             (aside / COMPLETE).write_text(f"{state.step}\n", encoding="utf-8")
@@ -69,7 +83,7 @@ def save_checkpoint(
 def _check_space(directory: Path, model: Any) -> None:
     """Weights and two moments in float32; refused before a byte is written."""
     directory.mkdir(parents=True, exist_ok=True)
-    need = 12 * model.num_parameters()
+    need = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     free = shutil.disk_usage(directory).free
     if free < need:
         raise KllmError(
@@ -79,17 +93,35 @@ def _check_space(directory: Path, model: Any) -> None:
         )
 
 
-def load_checkpoint(path: Path, model: Any, optimizers: Any, state: TrainState) -> dict[str, Any]:
-    """Restores model, optimisers and counters in place; returns the extra states.
+def load_weights(path: Path, model: Any) -> None:
+    """Takes over the weights of a checkpoint, or, in an adapted model, its adapter.
 
     Raises:
         UserError: the checkpoint belongs to a model of another shape.
     """
+    if is_adapted(model):
+        saved = torch.load(path / "state" / "lora.pt", map_location="cpu", weights_only=True)
+        load_lora_state(model, saved)
+        return
     tensors, _ = hf_to_state(read_tensors(path), read_shape(path), str(path))
     check_state(tensors, model, str(path))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(tensors[name])
+
+
+def load_checkpoint(
+    path: Path, model: Any, optimizers: Any, state: TrainState, objective: torch.nn.Module | None = None
+) -> dict[str, Any]:
+    """Restores model, optimisers, counters and the objective's parameters; returns the extra states.
+
+    Raises:
+        UserError: the checkpoint belongs to a model of another shape.
+    """
+    load_weights(path, model)
+    if objective is not None:
+        kept = torch.load(path / "state" / "objective.pt", map_location="cpu", weights_only=True)
+        objective.load_state_dict(kept)
     file = path / "state" / "optimizer.pt"
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)

@@ -32,7 +32,7 @@ def evaluate(
     nll = count = text_nll = text_bytes = 0.0
     for batch in batches[runtime.rank :: runtime.world]:
         batch = batch.to(runtime.device)
-        layout = PackedLayout(batch.cu_seqlens, runtime.device)
+        layout = PackedLayout(batch.cu_seqlens, runtime.device, batch.parents)
         with runtime.autocast():
             hidden = inner(batch.tokens, batch.positions, layout)
         losses = token_losses(hidden, inner.head_weight, batch.labels, chunk).double()

@@ -67,6 +67,8 @@ class Fit:
     on_log: Callable[[TrainState, dict[str, float]], None]
     hooks: Sequence[Hook] = ()
     stop: StopSignal = field(default_factory=StopSignal)
+    extra: Sequence[nn.Parameter] = ()
+    """Parameters of the objective, trained with the model's."""
     max_grad_norm: float = 1.0
     log_every: int = 10
     seed: int = 0
@@ -119,7 +121,8 @@ def _step(run: Fit) -> bool:
             (loss.total * (runtime.world / max(total, 1e-9))).backward()
         losses.append(loss.total.detach())
         run.meters.sums.update(loss.metrics)
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    runtime.average_gradients(run.extra)
+    parameters = [p for p in (*run.model.parameters(), *run.extra) if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm or math.inf)
     if not math.isfinite(float(norm)):
         raise _not_finite(run, batches, losses)

@@ -12,10 +12,7 @@ import functools
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from serve_model import REPO, model_dir, scratch
+from serve_model import REPO, model_dir, scratch, token_id
+from support import Command
 
 ERROR_TYPES = {
     400: {"invalid_request_error"},
@@ -38,25 +36,25 @@ ERROR_TYPES = {
     503: {"server_error"},
 }
 ANY: Any = object()
+CHAT = "/v1/chat/completions"
+THINK = {"chat_template_kwargs": {"enable_thinking": True}}
 
 
 # --------------------------------------------------------------------------------------------- the server
 
 
 class Server:
-    """One `python -m kllm serve` process."""
+    """One `kllm serve` process."""
 
     def __init__(self, *flags: str, models: tuple[Path, ...] = (), env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "kllm", "serve", *map(str, models or (model_dir(),))]
         self.log = scratch() / "log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, "--port", "0", *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+            self.process = Command(
+                *["serve", *(models or (model_dir(),)), "--port", "0", *flags],
+                cwd=Path.cwd(),
+                stdout=log.fileno(),
+                stderr=log.fileno(),
                 env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **(env or {})},
-                preexec_fn=_die_with_parent,
             )
         atexit.register(self.kill)
         self.url = self._wait()
@@ -122,7 +120,7 @@ class Server:
         return response.json()
 
     def chat(self, content: Any = "hello", **fields: Any) -> dict[str, Any]:
-        return self.answer("/v1/chat/completions", chat_body(content, **fields))
+        return self.answer(CHAT, chat_body(content, **fields))
 
     def complete(self, prompt: Any = "the cat", **fields: Any) -> dict[str, Any]:
         return self.answer("/v1/completions", completion_body(prompt, **fields))
@@ -133,7 +131,7 @@ class Server:
         return Stream(response.headers, response.content, events(response.content))
 
     def stream_chat(self, content: Any = "hello", **fields: Any) -> Stream:
-        return self.stream("/v1/chat/completions", chat_body(content, **fields))
+        return self.stream(CHAT, chat_body(content, **fields))
 
     def stream_complete(self, prompt: Any = "the cat", **fields: Any) -> Stream:
         return self.stream("/v1/completions", completion_body(prompt, **fields))
@@ -141,7 +139,7 @@ class Server:
     def prompt_ids(self, messages: list[dict[str, Any]], **fields: Any) -> list[int]:
         return self.answer("/tokenize", {"messages": messages, **fields})["tokens"]
 
-    def open_stream(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> socket.socket:
+    def open_stream(self, body: dict[str, Any], path: str = CHAT) -> socket.socket:
         """Sends a streaming request over a raw socket and returns it unread."""
         return self.raw(http_post(path, json.dumps({**body, "stream": True}).encode(), self.headers()))
 
@@ -172,13 +170,6 @@ class Server:
         """Whether nothing runs, waits or holds KV memory."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         return all(self.metric(name) == 0 for name in names)
-
-
-def _die_with_parent() -> None:
-    import ctypes
-
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @functools.cache
@@ -247,6 +238,20 @@ def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
 def chat_body(content: Any = "hello", **fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": content}]
     return {"messages": messages, "max_tokens": 8, "temperature": 0, **fields}
+
+
+def messages_of(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def post(**fields: Any) -> httpx.Response:
+    """A chat request to the shared server."""
+    return server().post(CHAT, chat_body(**fields))
+
+
+def close_thinking() -> dict[str, Any]:
+    """Fields that make the model end its thinking at once."""
+    return {"logit_bias": {str(token_id("</think>")): 100}}
 
 
 def completion_body(prompt: Any = "the cat", **fields: Any) -> dict[str, Any]:

@@ -151,6 +151,11 @@ def token_id(text: str) -> int:
     return ids[0]
 
 
+def end_of_turn() -> str:
+    """The id of the token that ends a message, as a key of JSON."""
+    return str(added_tokens()["<|im_end|>"])
+
+
 def encode(text: str) -> list[int]:
     return tokenizer().encode(text, add_special_tokens=False).ids
 

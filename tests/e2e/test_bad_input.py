@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import KLLM, TINY, environment, kllm
+from support import TINY, Command, kllm
 
 TEXT = [{"text": f"document number {i} says hello to the world, {i * 7}."} for i in range(60)]
 CHAT = [
@@ -195,18 +195,13 @@ def test_a_file_where_the_run_should_be(lab: Path) -> None:
 
 
 def test_run_directory_in_use(lab: Path) -> None:
-    args = [
-        *KLLM,
-        *map(str, pretrain("--data", "texts.jsonl", "--out", "busy", "--set", "train.steps=100000")),
-    ]
+    args = [*map(str, pretrain("--data", "texts.jsonl", "--out", "busy", "--set", "train.steps=100000"))]
     args = [a for i, a in enumerate(args) if not (a == "--steps" or args[i - 1] == "--steps")]
-    process = subprocess.Popen(
-        args, cwd=lab, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    process = Command(*args, cwd=lab, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not list((lab / "busy").glob("01-*/status.json")):
-            assert process.poll() is None, process.stderr.read().decode()
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         fails(lab, 1, *pretrain("--data", "texts.jsonl", "--out", "busy"), words=("busy", str(process.pid)))
     finally:

@@ -302,7 +302,7 @@ def test_code_in_pickles_is_refused_and_not_run(lab: Path, here: Path) -> None:
         refused(lambda s=source: convert(Conversion(s, Path("out"))), where, *words)
         refused(lambda s=source: export_gguf(GgufExport(s, Path("out"))), where, *words)
     refused(lambda: convert(Conversion("bad.pth", Path("out"), to="peft")), "bad.pth", *words)
-    adapter = Conversion(str(lab / "m"), Path("out"), adapter="bad.pth")
+    adapter = Conversion(str(lab / "m"), Path("out"), adapters=("bad.pth",))
     refused(lambda: convert(adapter), "bad.pth", *words)
     says("chat", "bad", "-p", "hi", words=("bad/pytorch_model.bin", *words), process=True)
     says("convert", "bad.pth", "out", words=("bad.pth", *words))
@@ -516,14 +516,14 @@ def test_adapters(lab: Path, here: Path) -> None:
     kinds = "PEFT folder"
     cases = {
         "nowhere": ("nowhere", "no such adapter", kinds),
-        source: (source, "no adapter_config.json", kinds),
+        source: (source, "no adapter in it", kinds),
         str(lab / "m.pth"): ("m.pth", "no LoRA matrices"),
         str(lab / "m.gguf"): ("m.gguf", "not an adapter", kinds),
         str(lab / "adapter"): ("adapter", "q_proj is (32, 32)", "(64, 64)", "another base"),
     }
     for adapter, words in cases.items():
         for keep in (False, True):
-            job = Conversion(source, Path("out"), adapter=adapter, keep_adapter=keep)
+            job = Conversion(source, Path("out"), adapters=(adapter,), keep_adapter=keep)
             refused(lambda j=job: convert(j), *words)
         refused(lambda a=adapter: export_gguf(GgufExport(source, Path("out"), adapter=a)), *words)
         if adapter != str(lab / "adapter"):  # as a source to turn into a PEFT folder
@@ -545,7 +545,7 @@ def test_broken_adapters(
     change: Callable[[Path], Any], words: tuple[str, ...], code: int, lab: Path, here: Path
 ) -> None:
     folder(lab / "adapter", file=change)
-    refused(lambda: convert(Conversion(str(lab / "m"), Path("out"), adapter="bad")), *words, code=code)
+    refused(lambda: convert(Conversion(str(lab / "m"), Path("out"), adapters=("bad",))), *words, code=code)
     refused(lambda: convert(Conversion("bad", Path("out"), to="peft")), *words, code=code)
 
 

@@ -8,13 +8,13 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
 from chat_support import chat_model
+from support import KLLM, Command, kllm
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"}
 ENV.pop("NO_COLOR", None)
@@ -28,13 +28,13 @@ def model_dir(tmp_path_factory):
 def command(model_dir, max_tokens=8, prompt=None):
     options = ["--max-tokens", str(max_tokens), "--temperature", "0", "--device", "cpu"]
     options += ["--prompt", prompt] if prompt else []
-    return [sys.executable, "-m", "kllm", "chat", str(model_dir), *options]
+    return ["chat", str(model_dir), *options]
 
 
 class Terminal:
-    """A program on its own controlling terminal, with what it printed so far."""
+    """`kllm` on its own controlling terminal, with what it printed so far."""
 
-    def __init__(self, argv):
+    def __init__(self, args, fresh):
         self.master, slave = pty.openpty()
 
         def own_terminal():
@@ -42,9 +42,11 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit that it is ignored
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
-        self.process = subprocess.Popen(
-            argv, stdin=slave, stdout=slave, stderr=slave, env=ENV, preexec_fn=own_terminal
-        )
+        files = {"stdin": slave, "stdout": slave, "stderr": slave, "env": ENV}
+        if fresh:
+            self.process = subprocess.Popen([*KLLM, *args], preexec_fn=own_terminal, **files)
+        else:
+            self.process = Command(*args, cwd=Path.cwd(), terminal=True, **files)
         os.close(slave)
         self.text = ""
         self._at = 0
@@ -102,8 +104,8 @@ class Terminal:
 def terminal():
     opened = []
 
-    def start(argv):
-        opened.append(Terminal(argv))
+    def start(args, fresh=False):
+        opened.append(Terminal(args, fresh))
         return opened[-1]
 
     yield start
@@ -114,7 +116,7 @@ def terminal():
 
 
 def test_a_session_with_interrupts(model_dir, terminal):
-    tty = terminal(command(model_dir, max_tokens=7000))
+    tty = terminal(command(model_dir, max_tokens=7000), fresh=True)
     tty.expect("/help lists the commands")
     tty.expect(">>> ")
     tty.type("where is the cat?\r")
@@ -174,26 +176,17 @@ def test_ctrl_c_at_the_prompt_hints_then_leaves(model_dir, terminal):
 
 
 def test_a_pipe_gets_plain_text(model_dir):
-    done = subprocess.run(
-        command(model_dir), input="你好\n".encode(), capture_output=True, env=ENV, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(b"\n") and len(done.stdout) > 3
-    assert b"\x1b" not in done.stdout + done.stderr and b">>>" not in done.stdout
-    assert done.stderr == b"note: cut after 8 tokens\n"
+    done = kllm(*command(model_dir), cwd=Path.cwd(), stdin="你好\n", env=ENV)
+    assert done.stdout.endswith("\n") and len(done.stdout) > 3
+    assert "\x1b" not in done.stdout + done.stderr and ">>>" not in done.stdout
+    assert done.stderr == "note: cut after 8 tokens\n"
 
 
 def test_ctrl_c_ends_a_one_shot_answer_with_130(model_dir):
-    process = subprocess.Popen(
-        command(model_dir, max_tokens=7000, prompt="go"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENV,
-    )
-    assert process.stdout is not None
+    options = command(model_dir, max_tokens=7000, prompt="go")
+    process = Command(*options, cwd=Path.cwd(), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert out.endswith(b"\n") and b"Traceback" not in err
+    out, err = process.stdout.read(), process.stderr.read()
+    assert process.wait(20) == 130
+    assert out.endswith("\n") and "Traceback" not in err

@@ -117,14 +117,15 @@ def test_a_peft_adapter_is_merged_as_peft_merges_it(source: Path, tmp_path: Path
             stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{stem}.lora_A.weight"] = torch.randn(4, in_size, generator=generator)
             tensors[f"{stem}.lora_B.weight"] = torch.randn(out_size, 4, generator=generator)
-    adapter = tmp_path / "adapter"
+    adapter = tmp_path / "a"
     adapter.mkdir()
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
     config |= {"target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": str(source)}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    report = convert(Conversion(str(source), tmp_path / "merged", adapter=str(adapter)))
-    assert report["merged"] == {"modules": 4, "rank": 4, "scale": 2.0}
+    report = convert(Conversion(str(source), tmp_path / "merged", adapters=(str(adapter),)))
+    facts = {"modules": 4, "rank": 4, "scale": 2.0}
+    assert report["merged"] == [{"adapter": "a", "weight": 1.0, **facts}]
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     name = "model.layers.1.self_attn.v_proj.weight"
     stem = f"base_model.model.{name.removesuffix('.weight')}"
@@ -356,7 +357,7 @@ def test_what_is_read_is_never_replaced(source: Path, tmp_path: Path) -> None:
     save_model(*load_model(source), out)
     (out / "adapter").mkdir()
     with pytest.raises(KllmError, match="lies in it"):
-        convert(Conversion(str(source), out, adapter=str(out / "adapter"), overwrite=True))
+        convert(Conversion(str(source), out, adapters=(str(out / "adapter"),), overwrite=True))
     assert (out / "adapter").is_dir()
 
 

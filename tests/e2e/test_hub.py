@@ -19,7 +19,7 @@ import pytest
 import torch
 from chat_support import chat_model
 from safetensors.torch import load_file
-from support import KLLM, environment, kllm
+from support import environment, kllm
 
 from kllm.export.gguf_write import GgufInfo, write_gguf
 from kllm.export.load import load_model
@@ -251,11 +251,7 @@ def test_info_fetches_the_config_alone(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_chat_with_text_on_stdin(hub: FakeHub, tmp_path: Path) -> None:
-    command = [*KLLM, "chat", "me/tiny", "--max-tokens", "4", "--temperature", "0"]
-    done = subprocess.run(
-        command, input="hi\n", cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    done = kllm("chat", "me/tiny", "--max-tokens", "4", "--temperature", "0", cwd=tmp_path, stdin="hi\n")
     assert done.stdout.strip()
 
 

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from support import kllm
+from support import TINY, kllm
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -59,6 +59,8 @@ def test_own_data_from_file_to_answer(lab: Path) -> None:
         words = [small.get(word, word) for word in shlex.split(line)[1:]]
         if words[0] in ("pretrain", "sft"):
             words += ["--seq-len", "128", "--batch-tokens", "1024", "-q"]
+        if words[0] == "pretrain":
+            words += TINY
         if words[0] == "sft":
             words += ["--set", "train.steps=3"]
             words = [w for i, w in enumerate(words) if w != "--epochs" and words[i - 1] != "--epochs"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from serve_client import KEYS, ORIGIN, chat_body, locked_server, refused, server
+from serve_client import CHAT, KEYS, ORIGIN, chat_body, locked_server, refused, server
 
-CHAT = "/v1/chat/completions"
 GUARDED = [
     ("POST", CHAT),
     ("POST", "/v1/chat/completions/render"),

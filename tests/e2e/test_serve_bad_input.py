@@ -10,9 +10,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from serve_client import chat_body, content_of, http_post, locked_server, read_all, refused, server
+from serve_client import CHAT, chat_body, content_of, http_post, locked_server, read_all, refused, server
 
-CHAT = "/v1/chat/completions"
 ROUTES = [
     CHAT,
     "/v1/completions",

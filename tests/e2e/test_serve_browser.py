@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 pytest.importorskip("playwright")
 pytest.importorskip("nh3")
+from browser_window import FAINT, NAMELESS, Chat, until
 from playwright.sync_api import sync_playwright
 from serve_client import server
 from serve_page_support import HOSTILE, Fake, serving
@@ -37,66 +37,21 @@ def fake() -> Iterator[Fake]:
         yield fake
 
 
-class Chat:
-    """One browser window on the page, with what a person does there."""
-
-    def __init__(self, context: Any, fake: Fake) -> None:
-        self.fake, self.page = fake, context.new_page()
-        self.foreign: list[str] = []
-        self.troubles: list[str] = []
-        self.page.on("request", lambda r: r.url.startswith(fake.url) or self.foreign.append(r.url))
-        self.page.on("console", lambda m: m.type == "error" and self.troubles.append(m.text))
-        self.page.on("pageerror", lambda e: self.troubles.append(str(e)))
-        self.page.set_default_timeout(15_000)
-        self.page.goto(fake.url)
-        self.page.wait_for_selector("#model option", state="attached")
-
-    def ask(self, text: str, wait: bool = True) -> None:
-        self.page.fill("#input", text)
-        self.page.press("#input", "Enter")
-        if wait:
-            self.wait()
-
-    def wait(self) -> None:
-        """Until the answer is there and drawn."""
-        self.page.wait_for_selector(".turn.assistant.last[aria-busy=false] .actions")
-        self.until(
-            "[...document.querySelectorAll('.tail')].every(e => !e.textContent || e.closest('[hidden]'))"
-        )
-
-    def until(self, expression: str) -> None:
-        """Until it is true on the page (the policy forbids Playwright's own waiting, which uses eval)."""
-        until(lambda: self.page.evaluate(expression), 15)
-
-    def text(self, selector: str) -> str:
-        return self.page.locator(selector).last.inner_text()
-
-    @property
-    def answer(self) -> str:
-        return self.text(".turn.assistant .md")
-
-    def button(self, name: str) -> Any:
-        return self.page.get_by_role("button", name=name, exact=True).last
-
-    def settings(self, **values: str) -> None:
-        self.page.click("#open-settings")
-        for name, value in values.items():
-            self.page.fill(f"#set-{name}", value)
-        self.page.click("#close-settings")
-
-
-@pytest.fixture
-def chat(browser: Any, fake: Fake) -> Iterator[Chat]:
+@pytest.fixture(scope="module")
+def window(browser: Any) -> Iterator[Any]:
+    """A new one takes longer than most tests."""
     context = browser.new_context(locale="en-US", viewport={"width": 1200, "height": 800})
-    yield Chat(context, fake)
+    yield context.new_page()
     context.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
+@pytest.fixture
+def chat(window: Any, fake: Fake) -> Iterator[Chat]:
+    chat = Chat(window, fake)
+    try:
+        yield chat
+    finally:
+        chat.leave()
 
 
 def test_an_answer_grows_and_stops(chat: Chat, fake: Fake) -> None:
@@ -250,7 +205,7 @@ def test_settings_reach_the_request_and_stay(chat: Chat, fake: Fake) -> None:
 
 def test_language_and_theme(browser: Any, fake: Fake) -> None:
     context = browser.new_context(locale="zh-CN", color_scheme="light")
-    chat = Chat(context, fake)
+    chat = Chat(context.new_page(), fake)
     page = chat.page
     background = "getComputedStyle(document.body).backgroundColor"
     assert page.inner_text("#new-chat") == "新对话" and page.get_attribute("html", "lang") == "zh-CN"
@@ -270,7 +225,7 @@ def test_a_phone_never_scrolls_sideways(browser: Any, fake: Fake) -> None:
     context = browser.new_context(
         locale="en-US", viewport={"width": 360, "height": 700}, has_touch=True, is_mobile=True
     )
-    chat = Chat(context, fake)
+    chat = Chat(context.new_page(), fake)
     page = chat.page
 
     def fits() -> bool:
@@ -355,10 +310,9 @@ def test_errors_in_words_and_a_retry(chat: Chat, fake: Fake) -> None:
     assert "broke before" in chat.text(".error")
 
 
-def test_the_key_is_asked_for_and_kept_in_the_tab(browser: Any) -> None:
+def test_the_key_is_asked_for_and_kept_in_the_tab(window: Any) -> None:
     with serving(Fake(key="secret")) as fake:
-        context = browser.new_context(locale="en-US")
-        chat = Chat(context, fake)
+        chat = Chat(window, fake)
         page = chat.page
         page.click(".toast button")
         page.fill("#set-apiKey", "secret")
@@ -370,7 +324,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(browser: Any) -> None:
         assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
         page.reload()
         page.wait_for_selector("#model option[value=tiny-chat]", state="attached")
-        context.close()
+        chat.leave()
 
 
 def test_keys_and_input_methods(chat: Chat, fake: Fake) -> None:
@@ -427,7 +381,7 @@ def test_probabilities_and_the_prompt(chat: Chat, fake: Fake) -> None:
 def test_with_a_real_model(browser: Any) -> None:
     real = server()
     context = browser.new_context(locale="zh-CN")
-    chat = Chat(context, Fake(url=f"{real.url}/"))
+    chat = Chat(context.new_page(), Fake(url=f"{real.url}/"))
     page = chat.page
     chat.settings(max_tokens="12", temperature="0")
     chat.ask("你好，世界！")
@@ -447,40 +401,20 @@ def test_with_a_real_model(browser: Any) -> None:
     context.close()
 
 
-NAMELESS = """[...document.querySelectorAll('button, input, select, textarea, [role=radiogroup], nav, aside, dialog')]
-  .filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.innerText?.trim()
-    || document.getElementById(e.getAttribute('aria-labelledby'))?.innerText))
-  .map(e => e.outerHTML.slice(0, 120))"""
-FAINT = """(() => {
-  const channels = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  const ground = element => {
-    for (let e = element; e; e = e.parentElement) {
-      const color = getComputedStyle(e).backgroundColor;
-      if (color.startsWith('rgb(')) return channels(color);
-    }
-    return [255, 255, 255];
-  };
-  const faint = [];
-  for (const element of document.querySelectorAll('body *')) {
-    const own = [...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
-    const shown = element.checkVisibility() && element.getBoundingClientRect().width > 1;
-    if (!own || !shown || element.matches(':disabled, option')) continue;
-    const [a, b] = [light(channels(getComputedStyle(element).color)), light(ground(element))];
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < 4.5) faint.push(`${element.tagName}.${element.className} ${ratio.toFixed(2)} ${element.textContent.slice(0, 30)}`);
-  }
-  return faint;
-})()"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_has_a_name_and_can_be_read(browser: Any, fake: Fake, scheme: str) -> None:
-    context = browser.new_context(locale="en-US", color_scheme=scheme)
-    chat = Chat(context, fake)
+def test_everything_has_a_name_and_can_be_read(chat: Chat) -> None:
+    """In both colour schemes."""
     page = chat.page
-    assert page.evaluate(FAINT) == []
+
+    def check() -> None:
+        assert page.evaluate(NAMELESS) == []
+        grounds = set()
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate(FAINT) == []
+            grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(grounds) == 2
+
+    check()
     chat.settings(tools=TOOLS)
     chat.ask("think and show the demo")
     page.click(".think summary")
@@ -489,11 +423,12 @@ def test_everything_has_a_name_and_can_be_read(browser: Any, fake: Fake, scheme:
     chat.ask("broken")
     chat.page.click(".chat:has-text('demo')")
     chat.wait()
-    assert page.evaluate(NAMELESS) == [] and page.evaluate(FAINT) == []
+    check()
     page.click("#open-settings")
-    assert page.evaluate(NAMELESS) == [] and page.evaluate(FAINT) == []
+    check()
     page.keyboard.press("Escape")
-    page.keyboard.press("Tab")
     outline = "getComputedStyle(document.activeElement).outlineStyle"
-    assert page.evaluate(outline) != "none"
-    context.close()
+    page.keyboard.press("Tab")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate(outline) != "none"

@@ -6,26 +6,8 @@ import re
 import time
 
 import pytest
-from serve_client import (
-    chat_body,
-    content_of,
-    locked_server,
-    refused,
-    server,
-)
-from serve_model import added_tokens, decode
-
-CHAT = "/v1/chat/completions"
-EOS = str(added_tokens()["<|im_end|>"])
-
-
-def post(**fields):
-    return server().post(CHAT, chat_body(**fields))
-
-
-def messages_of(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
-
+from serve_client import CHAT, chat_body, content_of, locked_server, messages_of, post, refused, server
+from serve_model import decode, end_of_turn
 
 # ------------------------------------------------------------------------------------------- the answer
 
@@ -86,7 +68,7 @@ def test_usage_counts_the_prompt_once_for_all_n():
 
 
 def test_end_of_text_counts_and_content_is_a_string():
-    answer = server().chat(logit_bias={EOS: 100})
+    answer = server().chat(logit_bias={end_of_turn(): 100})
     assert content_of(answer) == "" and answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == 1
 

@@ -6,25 +6,8 @@ import re
 import time
 
 import pytest
-from serve_client import (
-    chat_body,
-    content_of,
-    refused,
-    server,
-)
-from serve_model import CONTEXT, added_tokens, decode, encode, tokenizer
-
-CHAT = "/v1/chat/completions"
-EOS = str(added_tokens()["<|im_end|>"])
-
-
-def post(**fields):
-    return server().post(CHAT, chat_body(**fields))
-
-
-def messages_of(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
-
+from serve_client import CHAT, chat_body, content_of, messages_of, post, refused, server
+from serve_model import CONTEXT, decode, encode, tokenizer
 
 # ------------------------------------------------------------------------------------- numbers and ranges
 

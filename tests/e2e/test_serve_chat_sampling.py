@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import pytest
 from serve_client import (
+    CHAT,
+    THINK,
     chat_body,
+    close_thinking,
     content_of,
     forced,
     locked_server,
+    messages_of,
+    post,
     refused,
     server,
     texts_of,
     whole_message,
 )
-from serve_model import added_tokens, decode, token_id, tokenizer
-
-CHAT = "/v1/chat/completions"
-EOS = str(added_tokens()["<|im_end|>"])
-
-
-def post(**fields):
-    return server().post(CHAT, chat_body(**fields))
-
-
-def messages_of(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
-
+from serve_model import added_tokens, decode, end_of_turn, token_id, tokenizer
 
 # --------------------------------------------------------------------------------------------- sampling
 
@@ -100,12 +93,12 @@ def test_repetition_penalty_aliases():
 
 
 def test_min_tokens_holds_the_end_back():
-    answer = server().chat(logit_bias={EOS: 100}, min_tokens=4, max_tokens=20)
+    answer = server().chat(logit_bias={end_of_turn(): 100}, min_tokens=4, max_tokens=20)
     assert answer["usage"]["completion_tokens"] == 5 and answer["choices"][0]["finish_reason"] == "stop"
 
 
 def test_ignore_eos():
-    answer = server().chat(logit_bias={EOS: 100}, ignore_eos=True, max_tokens=5)
+    answer = server().chat(logit_bias={end_of_turn(): 100}, ignore_eos=True, max_tokens=5)
     assert answer["usage"]["completion_tokens"] == 5 and answer["choices"][0]["finish_reason"] == "length"
     assert "<|im_end|>" not in content_of(answer)
 
@@ -155,9 +148,6 @@ def test_continue_and_generation_prompt_exclude_each_other():
 
 # ---------------------------------------------------------------------------------------------- thinking
 
-THINK = {"chat_template_kwargs": {"enable_thinking": True}}
-CLOSE = {"logit_bias": {str(added_tokens()["</think>"]): 100}}
-
 
 @pytest.mark.parametrize(
     "fields",
@@ -189,14 +179,14 @@ def test_no_thinking_is_all_content(fields):
 
 
 def test_closing_marker_without_opener_closes():
-    answer = server().chat(**THINK, **CLOSE, max_tokens=1)
+    answer = server().chat(**THINK, **close_thinking(), max_tokens=1)
     message = whole_message(answer)
     assert message["reasoning"] == "" and message["content"] == ""
     assert "</think>" not in str(answer["choices"])
 
 
 def test_answer_after_thinking_obeys_the_grammar():
-    answer = server().chat(**THINK, **CLOSE, **forced("blue"))
+    answer = server().chat(**THINK, **close_thinking(), **forced("blue"))
     message = whole_message(answer)
     assert (message["reasoning"], message["content"], message["finish"]) == ("", "blue", "stop")
 

@@ -7,9 +7,8 @@ import threading
 import time
 
 import pytest
-from serve_client import chat_body, server
+from serve_client import CHAT, chat_body, server
 
-CHAT = "/v1/chat/completions"
 DEEP = '{"a":' * 700 + "1" + "}" * 700
 CALL = {
     "role": "assistant",

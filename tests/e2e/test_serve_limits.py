@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from serve_client import (
+    CHAT,
     Server,
     chat_body,
     content_of,
@@ -26,7 +27,6 @@ from serve_client import (
 )
 from serve_model import encode, model_dir, token_id
 
-CHAT = "/v1/chat/completions"
 ENDLESS = {"max_tokens": 30_000, "ignore_eos": True}
 
 

@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from chat_support import chat_model
-from support import KLLM, environment
+from support import KLLM, MAIN, Command, environment, kllm
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -31,16 +31,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Running:
     """A server process; its stderr is collected while it runs."""
 
-    def __init__(self, command: list[str], cwd: Path, **env: str) -> None:
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**environment(), **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-        )
+    def __init__(self, process: Command | subprocess.Popen[str]) -> None:
+        self.process = process
         self.lines: list[str] = []
         assert self.process.stdout is not None and self.process.stderr is not None
         self.url = ""
@@ -70,10 +62,14 @@ class Running:
         return "".join(self.lines)
 
 
+def serve(model: Path, *flags: str, code: str = MAIN, **env: str) -> Running:
+    command = ["serve", model, "--port", "0", "--device", "cpu", "--kv-memory", "16MiB", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return Running(Command(*command, cwd=model.parent, env={**environment(), **env}, code=code, **pipes))
+
+
 @contextmanager
-def served(model: Path, *flags: str, **env: str) -> Iterator[Running]:
-    command = [*KLLM, "serve", str(model), "--port", "0", "--device", "cpu", "--kv-memory", "16MiB", *flags]
-    running = Running(command, model.parent, **env)
+def until_ready(running: Running) -> Iterator[Running]:
     try:
         running.wait_ready()
         yield running
@@ -83,12 +79,26 @@ def served(model: Path, *flags: str, **env: str) -> Iterator[Running]:
             running.process.wait()
 
 
+def served(model: Path, *flags: str, **env: str) -> AbstractContextManager[Running]:
+    return until_ready(serve(model, *flags, **env))
+
+
 def events(lines: Iterator[str]) -> Iterator[str]:
     return (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
 
 
 def test_it_loads_listens_and_leaves(tiny: Path) -> None:
-    with served(tiny) as running:
+    """In an interpreter of its own, as a user starts it."""
+    process = subprocess.Popen(
+        [*KLLM, "serve", str(tiny), "--port", "0", "--device", "cpu", "--kv-memory", "16MiB"],
+        cwd=tiny.parent,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    with until_ready(Running(process)) as running:
         assert running.url.startswith("http://127.0.0.1:")
         assert running.process.stdout.readline() == f"kllm serves on {running.url}\n"
         assert httpx.get(f"{running.url}/v1/models").json()["data"][0]["id"] == "tiny"
@@ -191,52 +201,33 @@ def test_an_open_door_is_announced(tiny: Path) -> None:
     ],
 )
 def test_what_cannot_be_served_is_one_line(tiny: Path, arguments: list[str], words: str) -> None:
-    command = [*KLLM, "serve", *(a.replace("{tiny}", str(tiny)) for a in arguments)]
-    done = subprocess.run(
-        command, cwd=tiny.parent, env=environment(), capture_output=True, text=True, timeout=60
-    )
+    filled = [a.replace("{tiny}", str(tiny)) for a in arguments]
+    done = kllm("serve", *filled, cwd=tiny.parent, check=False, timeout=60)
     assert done.returncode == 2 and not done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and words in errors[0] and "Traceback" not in done.stderr
 
 
 def test_a_signal_while_it_starts(tiny: Path) -> None:
-    command = [*KLLM, "serve", str(tiny), "--port", "0", "--device", "cpu", "--kv-memory", "16MiB"]
-    running = Running(command, tiny.parent)  # its port is open, the model hardly there
+    running = serve(tiny)  # its port is open, the model hardly there
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 0
     assert "Traceback" not in running.log
 
 
-BROKEN = """
-import sys
+BROKEN = f"""
 from kllm.engine.engine import Engine
 def step(self):
     raise RuntimeError("boom")
 Engine.step = step
-from kllm.cli.app import main
-main(sys.argv[1:])
+{MAIN}
 """
 
 
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_dead_engine(tiny: Path, leaves: bool) -> None:
     flags = ["--exit-on-error"] if leaves else []
-    command = [
-        sys.executable,
-        "-c",
-        BROKEN,
-        "serve",
-        str(tiny),
-        "--port",
-        "0",
-        "--kv-memory",
-        "16MiB",
-        *flags,
-    ]
-    running = Running(command, tiny.parent)
-    try:
-        running.wait_ready()
+    with until_ready(serve(tiny, *flags, code=BROKEN)) as running:
         body = {"prompt": "x", "max_tokens": 2}
         answers = [httpx.post(f"{running.url}/v1/completions", json=body, timeout=30) for _ in range(2)]
         assert answers[0].status_code == 500 and answers[0].headers["x-should-retry"] == "false"
@@ -248,7 +239,3 @@ def test_a_dead_engine(tiny: Path, leaves: bool) -> None:
             assert health.status_code == 503 and health.json()["status"] == "engine_dead"
             running.process.send_signal(signal.SIGTERM)
             assert running.end() == 0
-    finally:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()

@@ -7,7 +7,10 @@ import time
 
 import pytest
 from serve_client import (
+    CHAT,
+    THINK,
     chat_body,
+    close_thinking,
     content_of,
     events,
     eventually,
@@ -22,7 +25,6 @@ from serve_client import (
 )
 from serve_model import added_tokens
 
-CHAT = "/v1/chat/completions"
 WEATHER = {
     "type": "function",
     "function": {
@@ -38,8 +40,6 @@ WEATHER = {
         },
     },
 }
-THINK = {"chat_template_kwargs": {"enable_thinking": True}}
-CLOSE = {"logit_bias": {str(added_tokens()["</think>"]): 100}}
 
 
 def test_headers():
@@ -114,7 +114,7 @@ CASES = {
     "one token": {"max_tokens": 1},
     "nothing": {"logit_bias": {str(added_tokens()["<|im_end|>"]): 100}},
     "thinking": {**THINK, "max_tokens": 24},
-    "thinking, then an answer": {**THINK, **CLOSE, **forced("blue sky")},
+    "thinking, then an answer": {**THINK, **close_thinking(), **forced("blue sky")},
     "thinking seeded": {**THINK, "max_tokens": 24, "temperature": 1, "seed": 5},
     "forced": forced("囍🤖龘𠮷é한"),
     "forced with newlines": forced("\n\n two\n\nlines \n"),

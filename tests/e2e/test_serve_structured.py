@@ -8,10 +8,9 @@ import time
 
 import jsonschema
 import pytest
-from serve_client import chat_body, content_of, forced, refused, server, texts_of, whole_message
+from serve_client import CHAT, chat_body, content_of, forced, refused, server, texts_of, whole_message
 from serve_model import added_tokens, encode
 
-CHAT = "/v1/chat/completions"
 WIDE = "囍🤖龘𠮷é한"
 
 

@@ -7,10 +7,9 @@ import re
 
 import jsonschema
 import pytest
-from serve_client import chat_body, content_of, refused, server, whole_message, without_ids
+from serve_client import CHAT, chat_body, content_of, refused, server, whole_message, without_ids
 from serve_model import added_tokens, decode
 
-CHAT = "/v1/chat/completions"
 SUM = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "op": {"enum": ["plus", "mal"]}},

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_support import TEXT
+from chat_support import TEXT, chat_tokenizer
 from model_support import BASE, MOE, SHAPES, random_model
 
 from kllm.errors import KllmError
@@ -42,7 +42,7 @@ SHAPES_RUN = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXT * 5, 320, max_bytes=1_000_000, min_frequency=1)[0]
+    return chat_tokenizer()
 
 
 def differences(model: Transformer, path: Path, new_tokens: int = 24) -> tuple[float, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,14 +36,16 @@ class Fake:
         self.heads: list[str] = []
         self.left = 0
         self.url = ""
+        self.tls: ssl.SSLContext | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Fake]:
         loop, ready = asyncio.new_event_loop(), threading.Event()
 
         async def start() -> None:
-            self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-            self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+            self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls)
+            scheme = "https" if self.tls else "http"
+            self.url = f"{scheme}://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
             ready.set()
 
         def run() -> None:

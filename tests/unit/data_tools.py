@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from kllm.data.batch import Batch
+from kllm.data.encode import Document
 from kllm.data.shards import Shard
 from kllm.tokenizer.pieces import byte_alphabet
 from kllm.tokenizer.tokenizer import Tokenizer
@@ -68,3 +70,29 @@ def chat_shard(lengths: list[int], prompts: list[int], first: int = 0, name: str
         shard.mask[begin : begin + prompt] = 0
     shard.meta["kind"] = "chat"
     return shard
+
+
+def pair_shard(documents: list[Document], name: str = "pairs") -> Shard:
+    """A shard in memory of encoded pairs, one rendering of each."""
+    ids = [document.renderings[0][0] for document in documents]
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in ids])]).astype(np.int64)
+    splits = np.array([document.splits[0] for document in documents if document.splits], dtype=np.int32)
+    mask = np.concatenate([document.renderings[0][1] for document in documents])
+    meta = {"kind": "preference", "hash": f"{name}{splits.tolist()}", "source": name, "docs": len(ids)}
+    return Shard(np.concatenate(ids), offsets, mask, None, meta, splits)
+
+
+def sides_of(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
+    """[(tokens, labels) of chosen, the same of rejected] of each pair, put together from the flat row."""
+    assert batch.parents is not None and batch.sequences is not None
+    bounds, parents = batch.cu_seqlens.tolist(), batch.parents.tolist()
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for number, parent in enumerate(parents):
+        inside = slice(bounds[number], bounds[number + 1])
+        (owner,) = set(batch.sequences.index[inside].tolist()) - {-1} or {-1}
+        if owner < 0:
+            continue  # a shared beginning
+        above = batch.tokens[bounds[parent] : bounds[parent + 1]].tolist() if parent >= 0 else []
+        labels = [label for label in batch.labels[inside].tolist() if label >= 0]
+        found[owner] = (above + batch.tokens[inside].tolist(), labels)
+    return [[found[2 * pair], found[2 * pair + 1]] for pair in range(batch.sequences.count // 2)]

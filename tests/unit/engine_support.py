@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from kllm.engine import Completion, Engine, SamplingParams
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 
@@ -23,10 +26,28 @@ SHAPE = ModelShape(
 )
 
 
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
 def tiny_model(seed: int = 0, **changes: object) -> Transformer:
     model = Transformer(SHAPE.with_(**changes))
     model.init_weights(seed)
     return model.eval()
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    """A random prompt."""
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def tokens_of(completions: Iterable[Completion]) -> list[list[int]]:
+    return [c.token_ids for c in completions]
+
+
+def small(model: Transformer, tokens: int, **options: Any) -> Engine:
+    """An engine with room for so many tokens."""
+    bytes_per_token = Engine(model, None).scheduler.rows.token_bytes
+    return Engine(model, None, kv_memory=tokens * bytes_per_token, **options)
 
 
 class ByteTokenizer:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from chat_support import TEXT
 
 from kllm.engine.grammar import Constraint, Matcher, fill_masks
 from kllm.tokenizer.tokenizer import Tokenizer
 from kllm.tokenizer.train import train_tokenizer
-from tests.chat_support import TEXT
 
 DATA = Path(os.environ.get("KLLM_DATA_KIT", Path(__file__).parents[3] / "shared" / "data"))
 REAL = {"minimind": DATA / "tokenizers/minimind", "stories260K": DATA / "models/stories260K"}

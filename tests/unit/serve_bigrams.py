@@ -119,7 +119,7 @@ class Bigrams:
         numbers, self.requests = list(self.requests), {}
         return [Event(number, (), "", "error", message=message) for number in numbers]
 
-    def embed(self, prompt: list[int], pooling: str) -> Tensor:
+    def embed(self, prompt: list[int], pooling: str, adapter: str | None = None) -> Tensor:
         self.embedded.append((prompt, pooling))
         rows = self.table[prompt, :WIDTH]
         return rows.mean(0) if pooling == "mean" else rows[-1]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 
 from kllm.engine.params import Event, SamplingParams, TokenLogprob
 from kllm.engine.stops import StopMatcher
@@ -47,6 +48,14 @@ TEMPLATE = r"""{%- for tool in tools or [] %}{{ tool | tojson + '\n' }}{% endfor
 {%- endif %}"""
 
 Script = Callable[[list[int], SamplingParams], "str | Sequence[int]"]
+
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+}  # fmt: skip
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+THINK = {"chat_template_kwargs": {"enable_thinking": True}}
 
 
 @lru_cache(maxsize=1)
@@ -218,6 +227,17 @@ class Server:
 
     def close(self) -> None:
         self.runtime.stop()
+
+
+def fresh_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """For a fixture named `server`; what its engine says is the parameter, see `says`."""
+    one = Server(getattr(request, "param", "the cat sat."))
+    yield one
+    one.close()
+
+
+def says(text: str) -> Any:
+    return pytest.mark.parametrize("server", [text], indirect=True)
 
 
 def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ class CountingEngine:
         self._running, self._waiting, self._early = {}, {}, []
         return [Event(number, (), "", "error", message=message) for number in numbers]
 
-    def embed(self, prompt: list[int], pooling: str) -> Any:
+    def embed(self, prompt: list[int], pooling: str, adapter: str | None = None) -> Any:
         if prompt[0] == 666:
             raise RuntimeError("boom")
         return SimpleNamespace(tolist=lambda: [float(len(prompt)), float(pooling == "last")])
@@ -101,9 +101,10 @@ def registry(**settings: Any) -> Registry:
     """Two models over one counting engine."""
     running = runtime(**settings)
     base = Served("base", running, root="base", fingerprint="f-1", created=5)
-    return Registry(
-        [base, Served("tuned", running, root="lora", fingerprint="f-2", parent="base", created=6)]
+    tuned = Served(
+        "tuned", running, root="base", fingerprint="f-2", parent="base", adapter="tuned", created=6
     )
+    return Registry([base, tuned])
 
 
 def client(app: Any, **headers: str) -> httpx.AsyncClient:

@@ -368,7 +368,9 @@ def test_chat_hands_everything_on(capsys, monkeypatch):
     assert (code, model) == (130, "runs/x")
     sampling = given.pop("sampling")
     assert (sampling.temperature, sampling.max_tokens, sampling.seed, sampling.top_p) == (0, 1000, 4, 0.95)
-    assert given == {"prompt": "Hi", "system": None, "device": "auto", "json_output": False}
+    assert given == {
+        "adapter": None, "prompt": "Hi", "system": None, "device": "auto", "json_output": False,
+    }  # fmt: skip
 
 
 def test_chat_defaults_are_those_of_the_engine():

@@ -11,6 +11,7 @@ from kllm.cli import options
 from kllm.cli.app import COMMANDS, STAGE_COMMANDS, load_command
 from kllm.config.load import load_recipe, make_recipe
 from kllm.config.overrides import Override
+from kllm.config.parts import DataSource
 from kllm.config.recipe import Recipe
 from kllm.config.schema import choices, leaves
 from kllm.config.stages import STAGES
@@ -68,6 +69,10 @@ def test_help_comes_from_the_schema():
             assert flag.leaf.help.rstrip().endswith((".", "...")), flag.key
 
 
+def is_sources(leaf):
+    return DataSource in typing.get_args(leaf.type)
+
+
 def sample_value(leaf):
     """(what Typer hands over, the value that it must become in the recipe), unlike the default."""
     kind = leaf.type
@@ -80,7 +85,7 @@ def sample_value(leaf):
         return ["</think>=3"], {"</think>": 3}
     if typing.get_origin(kind) is tuple:
         return "0.5,0.6", (0.5, 0.6)
-    if leaf.path[-1] in ("data", "val_data"):
+    if is_sources(leaf):
         return ["x.jsonl@0.5"], [{"path": "x.jsonl", "weight": 0.5}]
     if typing.get_origin(kind) is list:
         word = {"sinks": "wandb", "gguf": "q4_k_m"}.get(leaf.path[-1], "builtin:world")
@@ -92,7 +97,23 @@ def sample_value(leaf):
     return "4k" if leaf.path[-1] not in ("seq_len",) else "64", 4000 if leaf.path[-1] != "seq_len" else 64
 
 
-ALL = [(kind, flag) for kind in STAGES for flag in options.stage_flags(kind)]
+SEEN = {(flag.key, flag.leaf.section) for flag in options.stage_flags("sft")}
+ALL = [
+    (kind, flag)
+    for kind in STAGES
+    for flag in options.stage_flags(kind)
+    # the sections that fine-tuning stages share are tried once
+    if kind not in ("lora", "dpo", "distill") or (flag.key, flag.leaf.section) not in SEEN
+]
+
+
+NEEDED = {
+    "lora.base": {"lora.rank": "4"},
+    "preference.label_smoothing": {"preference.loss": "robust"},
+    "from_endpoint": {"prompts": "questions.jsonl"},
+    "prompts": {"from_endpoint": "http://127.0.0.1:8000/v1"},
+}
+"""Options that mean something only beside another one."""
 
 
 @pytest.mark.parametrize(("kind", "flag"), ALL, ids=[f"{kind}{flag.name}" for kind, flag in ALL])
@@ -101,10 +122,16 @@ def test_every_flag_reaches_its_option_as_set_does(kind, flag):
     (override,) = options.overrides_of([flag], {flag.parameter: given})
     assert override.origin == f"flag {flag.name}"
     base = [] if kind in ("tokenizer",) else [Override("model.path", "m")]
-    if kind in ("pretrain", "sft"):
+    if kind in ("pretrain", "sft", "lora", "dpo", "distill"):
         base.append(Override("tokenizer.path", "t"))
-    if flag.key in ("model.path", "model.preset", "tokenizer.path"):
-        base = [item for item in base if item.key.split(".")[0] != flag.key.split(".")[0]]
+    if kind == "distill":
+        base.append(Override("teacher.path", "big"))
+    base += [Override(key, value) for key, value in NEEDED.get(flag.key, {}).items()]
+    if flag.key in ("from_endpoint", "prompts"):
+        base = [item for item in base if item.key != "teacher.path"]
+    if flag.key in ("model.path", "model.preset", "tokenizer.path", "teacher.path", "student_from"):
+        start = "model" if flag.key == "student_from" else flag.key.split(".")[0]
+        base = [item for item in base if item.key.split(".")[0] != start]
     if flag.key == "model.preset" and kind in ("eval", "export"):
         pytest.skip("there is no fresh model to measure or write")
     if flag.key == "hf":
@@ -113,7 +140,7 @@ def test_every_flag_reaches_its_option_as_set_does(kind, flag):
     value = loaded.recipe if flag.key in ("device", "seed", "nproc") else loaded.recipe.stage(kind)
     for part in flag.key.split("."):
         value = getattr(value, part)
-    plain = [item.model_dump() for item in value] if flag.leaf.path[-1] in ("data", "val_data") else value
+    plain = [item.model_dump() for item in value] if is_sources(flag.leaf) else value
     assert plain == expected
     dotted = flag.key if flag.key in ("device", "seed", "nproc") else f"{kind}.{flag.key}"
     assert loaded.origins[dotted] == f"flag {flag.name}"

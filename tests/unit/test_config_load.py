@@ -135,7 +135,7 @@ stages:
 def test_every_mistake_in_one_pass_in_the_order_of_lines(write):
     assert lines_of(write(BAD)) == [
         "r.yaml:2: sed: unknown key, did you mean seed?",
-        "r.yaml:5: tokenizer.lr: unknown key: it belongs to a pretrain or sft stage, not tokenizer",
+        "r.yaml:5: tokenizer.lr: unknown key: it belongs to a pretrain, sft, lora, dpo or distill stage, not tokenizer",
         "r.yaml:7: pretrain.data[0].wieght: unknown key, did you mean weight?",
         "r.yaml:8: pretrain.train.save_steps: unknown key, kllm calls it train.save_every",
         "r.yaml:9: pretrain.optim.name: must be one of adamw, muon, got 'adamm'; did you mean adamw?",
@@ -166,7 +166,7 @@ def test_every_mistake_in_one_pass_in_the_order_of_lines(write):
         ("model_name_or_path: x", "model.path"),
         ("num_train_epochs: 3", "train.epochs"),
         ("bf16: true", "train.dtype"),
-        ("lora_r: 8", "no LoRA"),
+        ("lora_r: 8", "lora.rank"),
         ("output_dir: x", "--out"),
         ("resume_from_checkpoint: x", "again continues"),
         ("seq_len: 8", "dataset.seq_len"),
@@ -222,7 +222,7 @@ def test_not_a_recipe(write, text, words):
         ("stages: [{stage: tokenizer}, {stage: eval, model: {preset: k-tiny}}]\n", "has no model"),
         ("stages: [{stage: tokenizer, data: []}]\n", "must not be empty"),
         ("stages: [{stage: tokenizer, vocab_size: null}]\n", "got nothing"),
-        ("stages: [{stage: dpo}]\n", "one of tokenizer, pretrain, sft, eval"),
+        ("stages: [{stage: ppo}]\n", "did you mean dpo?"),
         ("stages: [{stage: tokenizer, data: [{weight: 1}]}]\n", "data[0].path: is missing"),
         ("stages: [{stage: tokenizer}, {stage: sft, model: {preset: a, path: b}}]\n", "not both"),
         ("stages: [{stage: tokenizer}, {stage: pretrain, optim: {betas: [1]}}]\n", "betas[1]: is missing"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from data_tools import byte_tokenizer, chat, write_jsonl
 
+from kllm.cli.inspected import print_data
 from kllm.data.inspect import inspect_file
 from kllm.errors import UserError
 from kllm.tokenizer.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ def test_texts_pairs_prompts_and_ratings(tmp_path: Path, tokenizer: Tokenizer) -
         assert found["kind"] == kind and found["rows"] == 1
         shown = "".join(found["sample"]["pieces"])
         trained = sum(found["sample"]["mask"])
-        expected = {"text": ("abc<|endoftext|>", 4), "preference": ("good", 5), "prompt": ("assistant\n", 0),
+        expected = {"text": ("abc<|endoftext|>", 4), "preference": ("good", 9), "prompt": ("assistant\n", 0),
                     "rated": ("fine", 5)}[kind]  # fmt: skip
         assert expected[0] in shown and trained == expected[1]
 
@@ -87,3 +88,45 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         inspect_file(write_jsonl(tmp_path / "a.jsonl", [{"foo": 1}]))
     with pytest.raises(UserError, match="no such file"):
         inspect_file(tmp_path / "none.jsonl")
+
+
+def test_pairs_are_shown_in_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [
+        {"prompt": "q", "chosen": "good", "rejected": "no"},
+        {"prompt": "q", "chosen": "a", "rejected": "worse"},
+        {"prompt": "q", "chosen": "same", "rejected": "same"},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    found = inspect_file(file, tokenizer)
+    assert (found["rows"], found["bad_rows"], found["good"]) == (2, 1, None)
+    prompt = len("user\nq\nassistant\n") + 3  # and three turn tokens
+    pairs = found["pairs"]
+    assert [pairs[name]["total"] for name in ("prompt", "chosen", "rejected")] == [2 * prompt, 7, 9]
+    assert pairs["chosen_longer"] == 0.5 and pairs["saved"] == 2 * prompt / (4 * prompt + 16)
+    assert found["tokens"]["total"] == 2 * prompt + 5 + 6 and found["trained_tokens"] == 16
+    sample = found["sample"]
+    assert [(part["name"], "".join(part["pieces"]), sum(part["mask"])) for part in sample["sections"]] == [
+        ("prompt", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("chosen", "good<|im_end|>", 5),
+        ("rejected", "no<|im_end|>", 3),
+    ]
+    plain = inspect_file(file)
+    assert plain["pairs"]["chosen"]["total"] == 5 and plain["pairs"]["saved"] is None
+    assert [part["messages"][0]["content"] for part in plain["sample"]["sections"]] == ["q", "good", "no"]
+
+
+def test_ratings_have_their_share_of_good_ones(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": n == 0} for n in range(4)]
+    found = inspect_file(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer)
+    assert found["good"] == 0.25 and found["pairs"] is None and found["sample"]["sections"] == []
+
+
+def test_the_page_of_pairs_has_every_part(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "no"}])
+    for found in (inspect_file(file, tokenizer), inspect_file(file)):
+        print_data(found)
+        facts, _, shown = capsys.readouterr().out.partition("sample: ")
+        parts = [shown.index(text) for text in ("[prompt]", "user", "[chosen]", "good", "[rejected]", "no")]
+        assert parts == sorted(parts) and "chosen is the longer" in facts

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
+
+from data_tools import Source
 
 from kllm.data.texts import all_texts, mixed_texts
 from kllm.tokenizer.train import train_tokenizer
-
-
-@dataclass
-class Source:
-    path: str
-    weight: float = 1.0
 
 
 def write(path: Path, word: str, rows: int) -> str:

@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_support import EOS, ByteTokenizer, Scripted, tiny_model
+from engine_support import EOS, GREEDY, ByteTokenizer, Scripted, tiny_model
 
 from kllm.engine import Engine, Event, SamplingParams
 from kllm.errors import KllmError, UserError
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")

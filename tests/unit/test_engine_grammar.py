@@ -10,10 +10,7 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from kllm.engine.grammar import GrammarCompiler
-from kllm.errors import UserError
-from kllm.tokenizer.tokenizer import Tokenizer
-from tests.unit.grammar_support import (
+from grammar_support import (
     PADDING,
     PERSON,
     Schemas,
@@ -24,6 +21,10 @@ from tests.unit.grammar_support import (
     outside_strings,
     tokenizer,
 )
+
+from kllm.engine.grammar import GrammarCompiler
+from kllm.errors import UserError
+from kllm.tokenizer.tokenizer import Tokenizer
 
 NAMES = available()
 HARD = "囍🤖龘𠮷é한"

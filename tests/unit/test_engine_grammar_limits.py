@@ -13,12 +13,13 @@ import tokenizers
 
 pytest.importorskip("llguidance")
 
+from grammar_support import PADDING, PERSON, Schemas, Writer, allowed, feed, tokenizer
+
 from kllm.engine import grammar_native
 from kllm.engine.grammar import Constraint, GrammarCompiler, fill_masks
 from kllm.errors import KllmError, UserError
 from kllm.tokenizer.source import Source
 from kllm.tokenizer.tokenizer import Tokenizer
-from tests.unit.grammar_support import PADDING, PERSON, Schemas, Writer, allowed, feed, tokenizer
 
 
 @pytest.fixture(scope="module")

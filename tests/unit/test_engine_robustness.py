@@ -6,30 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_support import tiny_model
+from engine_support import GREEDY, ids, small, tiny_model, tokens_of
 
-from kllm.engine import Engine, SamplingParams
+from kllm.engine import Engine
 from kllm.errors import UserError
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def ids(count, seed=0):
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def tokens_of(completions):
-    return [c.token_ids for c in completions]
-
-
-def small(model, tokens, **options):
-    bytes_per_token = Engine(model, None).scheduler.rows.token_bytes
-    return Engine(model, None, kv_memory=tokens * bytes_per_token, **options)
 
 
 def run(engine):

@@ -6,28 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_support import EOS, ByteTokenizer, Scripted, tiny_model
+from engine_support import EOS, GREEDY, ByteTokenizer, Scripted, ids, small, tiny_model, tokens_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kllm.engine import Engine, SamplingParams, choice_seed
 from kllm.errors import UserError
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.2, top_p=0.9, max_tokens=20, seed=5, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def ids(count, seed=0):
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def tokens_of(completions):
-    return [c.token_ids for c in completions]
 
 
 # -- shared prefixes -----------------------------------------------------------------------------------
@@ -93,11 +84,6 @@ def test_chunks_change_nothing(model, chunk):
 
 
 # -- memory --------------------------------------------------------------------------------------------
-
-
-def small(model, tokens, **options):
-    bytes_per_token = Engine(model, None).scheduler.rows.token_bytes
-    return Engine(model, None, kv_memory=tokens * bytes_per_token, **options)
 
 
 def test_preempted_answers_are_the_same(model):

@@ -1,4 +1,4 @@
-"""Evaluation: when an answer is exact, what is counted, and perplexity against its definition."""
+"""Evaluation: when an answer is right, what is counted, and perplexity against its definition."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from kllm.data.builtin import generate
 from kllm.data.builtin.splits import transcript
 from kllm.data.builtin.talk import Turn
 from kllm.errors import UserError
-from kllm.eval.names import check_task
-from kllm.eval.scoring import exact, final_answer, tally
-from kllm.eval.tasks import run_task, text_prompt
+from kllm.eval.asking import Asker, Said, text_prompt
+from kllm.eval.names import TASKS, check_task, task_data
+from kllm.eval.scoring import exact, final_answer, language_of, names_all, shown, tally
+from kllm.eval.tasks import run_task
 from kllm.export.load import load_model
 
 
@@ -59,11 +60,35 @@ def test_tally_counts_by_language_and_category() -> None:
 
 
 def test_unknown_tasks_are_refused_with_the_nearest() -> None:
-    for name, hint in (("world", "builtin:world"), ("perplexity", "FILE"), ("hellaswag", "known")):
+    for name, hint in (
+        ("world", "mean builtin:world\\?"),
+        ("identity", "mean builtin:identity\\?"),
+        ("builtin:identty", "mean builtin:identity\\?"),
+        ("prefrence:x.jsonl", "mean preference:FILE\\?"),
+        ("perplexity", "FILE"),
+        ("preference:", "preference:builtin:world/preference-eval"),
+        ("format", "format:builtin:reasoning/eval"),
+        ("hellaswag", "known"),
+    ):
         with pytest.raises(UserError, match=hint):
             check_task(name)
-    check_task("builtin:world")
-    check_task("perplexity:heldout.jsonl")
+    with pytest.raises(UserError) as unknown:
+        check_task("hellaswag")
+    assert all(name in str(unknown.value) for name in TASKS)
+
+
+def test_tasks_name_their_data() -> None:
+    for name, data in (
+        ("builtin:world", "builtin:world/eval"),
+        ("builtin:world/facts", "builtin:world/eval"),
+        ("builtin:identity", "builtin:identity/eval"),
+        ("perplexity:heldout.jsonl", "heldout.jsonl"),
+        ("preference:builtin:world/preference-eval", "builtin:world/preference-eval"),
+        ("format:a:b.jsonl", "a:b.jsonl"),
+    ):
+        check_task(name)
+        assert task_data(name) == [data]
+    assert task_data("hellaswag") == task_data("format") == []
 
 
 def test_text_style_is_the_style_of_the_pretraining_text() -> None:
@@ -86,13 +111,63 @@ def test_world_on_a_random_model(model, chat: bool | None) -> None:
     assert {s["question"] for s in result["samples"]} <= {r["question"] for r in rows}
 
 
-def test_world_counts_right_answers(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that knows every answer scores 1, so what is compared is the answer."""
-    import kllm.eval.tasks as tasks
+@pytest.mark.parametrize("before", ["", "<think>\nhm\n</think>\n\n"])
+def test_right_answers_are_counted(model, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """A model that knows every answer scores 1, so what is compared is the answer, after any thinking."""
+    for name, rows in (
+        ("builtin:world", list(generate("eval"))),
+        ("builtin:identity", list(generate("eval", subject="identity"))),
+    ):
+        answers = {row["messages"][-1]["content"]: row["answer"] for row in rows[:20]}
+        monkeypatch.setattr(
+            Asker,
+            "chat",
+            lambda self, asked, a=answers: [Said(before + a[m[-1]["content"]], True) for m in asked],
+        )
+        result = run_task(name, *model, limit=20, chat=True)
+        assert result["accuracy"] == 1.0
+        assert len(result["samples"]) == 20
 
-    rows = list(generate("eval"))[:20]
-    monkeypatch.setattr(tasks, "_ask", lambda *args: [row["answer"] for row in rows])
-    assert run_task("builtin:world", *model, limit=20, chat=True)["accuracy"] == 1.0
+
+def test_facts_leave_out_the_questions_about_itself(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Asker, "chat", lambda self, asked: [Said("", True) for _ in asked])
+    whole = run_task("builtin:world", *model, chat=True)
+    facts = run_task("builtin:world/facts", *model, chat=True)
+    assert set(whole["by_category"]["en"]) - set(facts["by_category"]["en"]) == {"identity"}
+    assert whole["total"] - facts["total"] == sum(row["category"] == "identity" for row in generate("eval"))
+
+
+def test_the_old_persona_scores_nothing(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Asker, "chat", lambda self, asked: [Said("I am kllm. 我叫kllm。", True) for _ in asked]
+    )
+    assert run_task("builtin:identity", *model, chat=True)["correct"] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "must", "never", "right"),
+    [
+        ("I am Willow.", [["willow"]], ["kllm"], True),
+        ("I am Willow, not kllm.", [["willow"]], ["kllm"], False),
+        ("I am Willows.", [["willow"]], [], False),
+        ("My name is Willow.", [["i", "my"], ["willow"]], [], True),
+        ("The name is Willow.", [["i", "my"], ["willow"]], [], False),
+        ("我叫杨柳。", [["杨柳", "willow"]], [], True),
+        ("我叫kllm。", [["我"]], ["kllm"], False),
+        ("我是杨柳，白马画室做了我", [["杨柳"], ["白马画室"]], [], True),
+        ("I am\nＷｉｌｌｏｗ", [["am willow"]], [], True),
+        ("", [["willow"]], [], False),
+    ],
+)
+def test_names_all(answer: str, must: list[list[str]], never: list[str], right: bool) -> None:
+    assert names_all(answer, must, never) is right
+
+
+def test_small_rules() -> None:
+    assert [language_of(text) for text in ("Hello", "你好", "Hello 你")] == ["en", "zh", "zh"]
+    assert shown([True] * 30) == list(range(20))
+    assert shown([False] * 30) == list(range(10))
+    assert shown([True] * 25 + [False] * 2) == [*range(18), 25, 26]
 
 
 def test_perplexity_is_the_definition(model, tmp_path: Path) -> None:

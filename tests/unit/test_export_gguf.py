@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_support import TEXT
+from chat_support import TEXT, chat_tokenizer
 from model_support import BASE, MOE, SHAPES, YARN, random_model
 
 from kllm.config.stages import ExportStage
@@ -24,14 +24,13 @@ from kllm.model.transformer import Transformer
 from kllm.tokenizer.chat import render
 from kllm.tokenizer.source import Source, bpe_spec
 from kllm.tokenizer.tokenizer import Tokenizer
-from kllm.tokenizer.train import train_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXT * 5, 320, max_bytes=1_000_000, min_frequency=1)[0]
+    return chat_tokenizer()
 
 
 def runnable(name: str) -> ModelShape:

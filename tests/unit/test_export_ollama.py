@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_support import TEXT
+from chat_support import TEXT, chat_tokenizer
 
 from kllm.errors import UserError
 from kllm.export.ollama import find_frame, go_template, modelfile, template_of
@@ -44,7 +44,7 @@ DEFAULT_SYSTEM = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXT * 5, 320, max_bytes=1_000_000, min_frequency=1)[0]
+    return chat_tokenizer()
 
 
 def test_the_modelfile(tokenizer: Tokenizer) -> None:

@@ -548,7 +548,15 @@ def test_peft_directories(tmp_path: Path) -> None:
         read_adapter(tmp_path / "a").pairs["model.layers.0.mlp.shared_expert.down_proj"][1], torch.ones(32, 2)
     )
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    says(lambda: write_peft(pairs, tmp_path / "b", alpha=6, rank=4, base="x"), "rank 2", "4")
+    write_peft(pairs, tmp_path / "a", alpha=12, rank=4, base="x")  # a rank of their own, the same scale
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == dict.fromkeys(pairs, 2)
+    assert config["alpha_pattern"] == dict.fromkeys(pairs, 6.0)
+    again = model_of(SHARED)
+    again.load_state_dict(before)
+    merge_adapter(again, tmp_path / "a")
+    for name, weight in again.state_dict().items():
+        torch.testing.assert_close(weight, model.state_dict()[name])
     says(lambda: write_peft({}, tmp_path / "b", alpha=6, rank=4, base="x"), "no matrices")
     says(
         lambda: write_peft(

@@ -10,8 +10,9 @@ import pytest
 from run_support import load
 
 from kllm.config.load import Loaded
+from kllm.config.stages import EvalStage
 from kllm.errors import UserError
-from kllm.run.fingerprint import Identity, changes, digest, hash_data, hash_directory, identity
+from kllm.run.fingerprint import Identity, changes, data_paths, digest, hash_data, hash_directory, identity
 
 
 def of(loaded: Loaded, name: str, folder: Path, **inputs: str) -> Identity:
@@ -90,3 +91,17 @@ def test_missing_data_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").unlink()
     with pytest.raises(UserError, match="no such file"):
         of(loaded, "pretrain", tmp_path)
+
+
+def test_evaluation_depends_on_the_data_of_its_tasks(tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    tasks = ["builtin:world/facts", "builtin:identity", f"preference:{held}", "format:builtin:reasoning/eval"]
+    stage = EvalStage(tasks=tasks)
+    read = ["builtin:world/eval", "builtin:identity/eval", str(held), "builtin:reasoning/eval"]
+    assert data_paths(stage) == read
+    before = hash_data(stage, tmp_path / "hashes.json")
+    held.write_text('{"prompt": "a", "chosen": "c", "rejected": "b"}\n')
+    after = hash_data(stage, tmp_path / "hashes.json")
+    assert [path for path in read if before[path] != after[path]] == [str(held)]
+    assert data_paths(EvalStage(tasks=["hellaswag"])) == []

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_scripted import Server, chunks_of, joined, tokenizer
+from serve_scripted import THINK, TOOL, Server, chunks_of, fresh_server, joined, says, tokenizer
 
 from kllm.engine.params import Event, TokenLogprob
 from kllm.serve.answer import Answer, Reading, delta_of, message_of
 from kllm.serve.settings import Settings
 from kllm.serve.tools import ToolPlan
 
-TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
-}  # fmt: skip
-CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
-THINK = {"chat_template_kwargs": {"enable_thinking": True}}
-
-
-@pytest.fixture
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    one = Server(getattr(request, "param", "the cat sat."))
-    yield one
-    one.close()
-
-
-def says(text: str) -> Any:
-    return pytest.mark.parametrize("server", [text], indirect=True)
+server = pytest.fixture(fresh_server)
 
 
 def test_a_whole_answer(server: Server) -> None:

@@ -41,7 +41,7 @@ def test_models() -> None:
             "max_model_len": 100,
         },
         {
-            "id": "tuned", "object": "model", "created": 6, "owned_by": "kllm", "root": "lora", "parent": "base",
+            "id": "tuned", "object": "model", "created": 6, "owned_by": "kllm", "root": "base", "parent": "base",
             "max_model_len": 100,
         },
     ]  # fmt: skip
@@ -55,7 +55,9 @@ SAMPLE = re.compile(r'[a-z0-9:_]+(?:\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? [
 
 
 def test_metrics_are_prometheus_text() -> None:
-    answer = ask("GET", "/metrics")
+    models = registry()
+    models.get("base").metrics.prompt_tokens, models.get("tuned").metrics.generation_tokens = 11, 13
+    answer = ask("GET", "/metrics", app=create_app(models, Settings()))
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = set()
     for line in answer.text.splitlines():
@@ -74,7 +76,10 @@ def test_metrics_are_prometheus_text() -> None:
     } <= families  # fmt: skip
     assert 'kllm:prompt_tokens_total{model_name="base"} 11' in answer.text
     assert 'kllm:generation_tokens_total{model_name="tuned"} 13' in answer.text
+    assert 'kllm:prompt_tokens_total{model_name="tuned"} 0' in answer.text
+    # what the engine has is said once, else sums over the names would be wrong
     assert 'kllm:kv_cache_usage_perc{model_name="base"} 0.1' in answer.text
+    assert 'kllm:kv_cache_usage_perc{model_name="tuned"}' not in answer.text
 
 
 def test_another_reader_understands_the_metrics() -> None:

@@ -19,17 +19,15 @@ from kllm.export.load import load_model
 from kllm.serve.errors import ApiError
 from kllm.serve.loading import (
     LoadOptions,
-    Source,
     check,
-    default_name,
     generation_defaults,
     load_all,
     load_one,
-    sources_of,
     stretched,
 )
 from kllm.serve.registry import Registry, Served
 from kllm.serve.settings import Settings
+from kllm.serve.sources import Source, default_name, sources_of
 
 
 def refusal(models: Registry, name: str | None) -> ApiError:
@@ -236,7 +234,7 @@ def test_stretching_keeps_the_weights(kind: str, tied: bool) -> None:
         stretched(longer, kind, 2.0)
 
 
-def test_an_adapter_is_a_model_of_its_own(tiny: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_a_model_of_its_own_on_the_bases_engine(tiny: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     name = "model.layers.0.self_attn.q_proj"
     pair = (torch.randn(4, 32, generator=generator), torch.randn(32, 4, generator=generator))
@@ -246,11 +244,13 @@ def test_an_adapter_is_a_model_of_its_own(tiny: Path, tmp_path: Path) -> None:
     load_all(sources, LoadOptions(**CPU), Settings(), models, say=lambda line: None)
     base, poet = models.get(None), models.get("poet")
     assert (base.name, base.parent) == ("base", None)
-    assert (poet.parent, poet.root) == ("base", "lora")
+    assert (poet.parent, poet.root, poet.adapter) == ("base", "base", "poet")
+    assert poet.runtime is base.runtime and models.runtimes == [base.runtime]
     assert base.fingerprint != poet.fingerprint
 
     async def answer(served: Served) -> list[int]:
-        ticket = served.runtime.submit([[5, 6, 7]], [SamplingParams(max_tokens=16, temperature=0.0)])
+        asked = SamplingParams(max_tokens=16, temperature=0.0, adapter=served.adapter)
+        ticket = served.runtime.submit([[5, 6, 7]], [asked])
         return [t async for batch in ticket.batches() for _, event in batch for t in event.token_ids]
 
     assert run(lambda: answer(base)) != run(lambda: answer(poet))

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serve_scripted import CALL
 
 from kllm.serve.parts import Lexer, Part, merged
 from kllm.serve.toolcalls import END_TOOL_CALL, TOOL_CALL, ToolCallParser, new_call_id, read_call
-
-CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 
 
 def parse(text: str, cuts: tuple[int, ...] = (), **options: Any) -> list[Part]:

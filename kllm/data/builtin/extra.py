@@ -1,18 +1,16 @@
-"""The splits for alignment: preference pairs, verifiable prompts, tool calls. All from open questions."""
+"""The splits for reinforcement learning and tools: verifiable prompts, tool calls; from open questions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from kllm.data.builtin import lexicon as lex
 from kllm.data.builtin.rng import Dice
 from kllm.data.builtin.sums import draw
-from kllm.data.builtin.talk import UNKNOWN, Talk, messages, talks
-from kllm.data.builtin.world import Fact, World
+from kllm.data.builtin.talk import messages, talks
+from kllm.data.builtin.world import World
 
-PREFERENCES = 4000
 PROMPTS = 4000
 TOOL_CHATS = 3000
 
@@ -42,46 +40,6 @@ TOOLS: list[dict[str, Any]] = [
         },
     },
 ]
-
-
-def preference(world: World) -> Iterator[dict[str, Any]]:
-    """A right answer and a wrong one: another value, an invented fact, a needless refusal, a wrong sum."""
-    dice = Dice(f"kllm-world/{world.seed}/preference")
-    talk = talks(world, dice)
-    for i in range(PREFERENCES):
-        prompt, good, bad = _pair(talk[lex.LANGS[i % 2]], dice)
-        yield {
-            "prompt": [{"role": "user", "content": prompt}],
-            "chosen": [{"role": "assistant", "content": good}],
-            "rejected": [{"role": "assistant", "content": bad}],
-        }
-
-
-def _pair(talk: Talk, dice: Dice) -> tuple[str, str, str]:
-    kind = dice.weighted((("value", 5), ("invented", 2), ("refusal", 2), ("sum", 3)))
-    if kind == "sum":
-        problem = draw(dice, dice.pick(("+", "-")), talk.world, most=99)
-        wrong = problem.work(talk.lang).rpartition("=")[0] + "="
-        off = problem.result + dice.pick((1, 2, 10)) * (1 if problem.result < 10 or dice.chance(0.5) else -1)
-        stop = "。" if talk.lang == "zh" else "."
-        return problem.ask(talk.lang, dice), problem.work(talk.lang), f"{wrong}{off}{stop}"
-    if kind == "invented":
-        name, fact = talk.made_up(), talk.facts["person"].deal()
-        invented = Fact(fact.kind, fact.attr, name, fact.value, fact.lang)
-        return talk.voice.ask(invented, dice), UNKNOWN[talk.lang], talk.voice.tell(invented)
-    fact = talk.facts["person"].deal()
-    good = talk.ask(fact)
-    if kind == "refusal":
-        return good.question, good.answer, UNKNOWN[talk.lang]
-    values = sorted(
-        {
-            f.value
-            for f in talk.world.select(talk.lang, "person")
-            if f.attr == fact.attr and f.value != fact.value
-        }
-    )
-    bad = talk.voice.tell(replace(fact, value=dice.pick(values)))
-    return good.question, good.answer, bad
 
 
 def rl(world: World) -> Iterator[dict[str, Any]]:

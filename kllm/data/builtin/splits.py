@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kllm.data.builtin import lexicon as lex
-from kllm.data.builtin.extra import preference, rl, tools
+from kllm.data.builtin.extra import rl, tools
+from kllm.data.builtin.preference import preference, preference_eval
 from kllm.data.builtin.rng import Deck, Dice
 from kllm.data.builtin.talk import MIX, Talk, Turn, messages, talks
 from kllm.data.builtin.voice import Voice, voice
@@ -150,4 +151,12 @@ def _final(turn: Turn) -> str:
     return turn.answer
 
 
-SPLITS = {"pretrain": pretrain, "sft": sft, "preference": preference, "rl": rl, "tools": tools, "eval": eval_}
+SPLITS = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "preference": preference,
+    "rl": rl,
+    "tools": tools,
+    "eval": eval_,
+    "preference-eval": preference_eval,
+}

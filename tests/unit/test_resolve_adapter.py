@@ -1,0 +1,58 @@
+"""What can stand where an adapter is expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kllm.errors import UserError
+from kllm.export import hub
+from kllm.export.resolve_adapter import resolve_adapter
+
+
+def adapter(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def test_folders_runs_stages_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = adapter(tmp_path / "plain")
+    assert resolve_adapter(plain) == resolve_adapter(plain / "adapter_config.json") == plain
+    run = tmp_path / "run"
+    first, last = adapter(run / "01-lora" / "adapter"), adapter(run / "03-dpo" / "final" / "adapter")
+    (run / "04-export").mkdir()
+    assert resolve_adapter(run) == last
+    assert resolve_adapter(str(run / "01-lora")) == resolve_adapter(first) == first
+    file = tmp_path / "lora_x_512.pth"
+    file.touch()
+    assert resolve_adapter(file) == file
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_adapter("~/plain") == plain
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nope: no such adapter"):
+        resolve_adapter("nope")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no adapter in it"):
+        resolve_adapter(tmp_path / "empty")
+
+
+def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    whole = adapter(tmp_path / "whole")
+
+    def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+        asked.append((repo, revision, patterns))
+        return whole
+
+    monkeypatch.setattr(hub, "_snapshot", snapshot)
+    monkeypatch.setattr(hub, "_prepare_client", lambda name: None)
+    monkeypatch.setattr(hub, "_instead", lambda *names: None)
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        resolve_adapter("Owner/lora@v2")
+    (whole / "adapter_model.safetensors").touch()
+    assert resolve_adapter("Owner/lora@v2") == whole
+    assert asked[0] == ("Owner/lora", "v2", ["adapter_config.json", "adapter_model.safetensors"])
