@@ -34,12 +34,14 @@ __all__ = [
     "adapters_off",
     "add_lora",
     "find_targets",
+    "is_adapted",
     "load_lora_state",
     "lora_config",
     "lora_pairs",
     "lora_parameters",
     "lora_state",
     "merge_lora",
+    "plain_model",
 ]
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

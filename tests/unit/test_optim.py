@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kllm.model.lora import LoraConfig, add_lora, lora_parameters
 from kllm.model.presets import PRESETS
 from kllm.model.transformer import Transformer
 from kllm.optim.build import OptimConfig, build_optimizer, lr_scale
@@ -90,3 +91,30 @@ def test_constant_schedule_and_step_warmup() -> None:
     assert lr_scale(4, 100, config) < 1.0
     assert {lr_scale(s, 100, config) for s in range(5, 100)} == {1.0}
     assert lr_scale(0, 1, OptimConfig(warmup=0)) == 1.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_lora_plus_makes_b_faster(name: str) -> None:
+    """And DoRA's lengths of rows, vectors and stacks of them, are neither decayed nor orthogonalised."""
+    moe = TINY.with_(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    model = Transformer(moe)
+    model.init_weights(0)
+    add_lora(model, LoraConfig(rank=2, use_dora=True, targets=("q_proj", "experts")), seed=0)
+    config = OptimConfig(name=name, lr=1e-3, muon_lr=1e-2)
+    plain, plus = (build_optimizer(model.named_parameters(), config, ratio) for ratio in (1.0, 16.0))
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates, decays = {}, {}
+    for kind, optimizer in plus.optimizers.items():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                rates[names[id(p)]], decays[names[id(p)]] = (kind, group["lr"]), group["weight_decay"]
+    assert rates.keys() == lora_parameters(model).keys()
+    base = 1e-2 if name == "muon" else 1e-3
+    for n, rate in rates.items():
+        if n.endswith("lora_magnitude"):
+            assert (rate, decays[n]) == (("adamw", 1e-3), 0.0)
+        else:
+            assert rate == (name, pytest.approx(base * (16 if n.endswith("lora_B") else 1)))
+            assert decays[n] == 0.1
+    assert plus.set_scale(0.5) == plain.set_scale(0.5) == base / 2
+    assert {g["lr"] for o in plain.optimizers.values() for g in o.param_groups} == {base / 2, 5e-4}
