@@ -119,7 +119,7 @@ def _worth_folding(x: Tensor, a: Tensor, b: Tensor) -> bool:
     rows, inputs, outputs = x.shape[0], a.shape[1], b.shape[0]
     if x.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
-    return rows * (inputs + outputs) > 2 * inputs * outputs
+    return rows * (inputs + outputs) > 4 * inputs * outputs
 
 
 class LoraLayer(nn.Module):

@@ -178,20 +178,20 @@ def test_many_rows_are_multiplied_otherwise_with_the_same_result(
     """Above a number of rows the small products are folded into the large ones."""
     layer = adapted("llama-bias", base=base).model.layers[0].mlp.up_proj
     results = []
-    for rows, folding in ((80, True), (80, False), (70, None)):
+    for rows, folding in ((160, True), (160, False), (150, None)):
         if folding is not None:
             monkeypatch.setattr(lora_layers, "_worth_folding", lambda x, a, b, f=folding: f)
         else:
             monkeypatch.undo()
         layer.zero_grad()
-        x = torch.linspace(-1, 1, 80 * 64).view(80, 64).sin()[:rows].requires_grad_(not first)
+        x = torch.linspace(-1, 1, 160 * 64).view(160, 64).sin()[:rows].requires_grad_(not first)
         y = layer(x)
         (y * torch.arange(rows)[:, None]).sum().backward()
         results.append([y, layer.lora_A.grad, layer.lora_B.grad, x.grad if not first else y])
     for folded, plain in zip(*results[:2], strict=True):
         torch.testing.assert_close(folded, plain, atol=1e-4, rtol=1e-5)
-    assert torch.equal(results[2][0], results[1][0][:70])  # few rows: one by one
-    assert lora_layers._worth_folding(torch.ones(80, 64), layer.lora_A, layer.lora_B)
+    assert torch.equal(results[2][0], results[1][0][:150])  # few rows: one by one
+    assert lora_layers._worth_folding(torch.ones(160, 64), layer.lora_A, layer.lora_B)
     assert not lora_layers._worth_folding(torch.ones(800, 64).bfloat16(), layer.lora_A, layer.lora_B)
 
 
