@@ -13,6 +13,7 @@ from kllm.config.stages import DistillStage, PretrainStage, TrainingStage
 from kllm.errors import Interrupted
 from kllm.export.adapter import save_adapter
 from kllm.export.hf import save_model
+from kllm.export.hub import is_hub_id
 from kllm.export.load import load_model
 from kllm.model.lora import is_adapted, merge_lora
 from kllm.model.presets import count_parameters, flops_per_token
@@ -220,8 +221,12 @@ class TrainingRun:
 
     @property
     def _base(self) -> str:
-        """Name of the model that an adapter belongs to."""
-        return self.ctx.recipe.inputs(self.stage.name).get("model", "")
+        """The model that an adapter belongs to: its hub id, or its directory, whole: adapters are moved."""
+        reference = self.ctx.recipe.inputs(self.stage.name).get("model", "")
+        directory = self.ctx.inputs.get("model")
+        if directory is None or (is_hub_id(reference) and not Path(reference).exists()):
+            return reference
+        return str(directory.resolve())
 
     @property
     def _objective_module(self) -> nn.Module | None:

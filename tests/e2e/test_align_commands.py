@@ -90,11 +90,16 @@ def test_killed_anywhere_it_ends_in_the_same_bits(kind: str, lab: Path) -> None:
 
 @torch.no_grad()
 def test_an_adapter_and_its_merged_model_are_left(lab: Path) -> None:
-    kllm(*command("lora", "left", "--steps", "3", "--save-every", "3"), cwd=lab)
+    more = ("--steps", "3", "--save-every", "3", "--model", os.path.relpath(model_dir(), lab))
+    kllm(*command("lora", "left", *more), cwd=lab)
     folder = stage(lab / "left")
     checkpoint = folder / "checkpoints" / "step-000003"
     assert not (checkpoint / "model.safetensors").exists(), "the frozen weights are no part of a checkpoint"
-    assert (checkpoint / "adapter" / "adapter_config.json").exists()
+    for adapter in (folder / "adapter", checkpoint / "adapter"):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert Path(config["base_model_name_or_path"]) == model_dir().resolve(), (
+            "adapters are moved: no relative path"
+        )
     base, _ = load_model(model_dir())
     final, _ = load_model(lab / "left")
     before = base.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
