@@ -83,6 +83,37 @@ def test_the_trained_model_goes_everywhere(lab: Path) -> None:
     assert modelfile is not None and (lab / modelfile[1]).is_file()
 
 
+def test_adapters_preferences_and_distillation(lab: Path) -> None:
+    """Their block in order on the model of the first block; a model stands in for the server."""
+    write = lambda name, rows: (lab / name).write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
+    write("pairs.jsonl", [{"prompt": f"{i} birds?", "chosen": f"{i}", "rejected": "no"} for i in range(40)])
+    write(
+        "rated.jsonl",
+        [{"prompt": f"{i} birds?", "completion": f"{i}", "label": i % 2 == 0} for i in range(40)],
+    )
+    write(
+        "questions.jsonl", [{"question": f"how many birds in {i}?", "answer": f"{i * 7}"} for i in range(8)]
+    )
+    block = next(b for b in BLOCKS if "kllm dpo" in b)
+    few = {"--rollout.max_tokens": "4", "--rollout.samples": "2", "--rollout.prompts_per_step": "2"}
+    for line in block.splitlines():
+        words = shlex.split(line.replace("http://127.0.0.1:8000/v1", "runs/chat"), comments=True)[1:]
+        if words[0] == "serve":
+            continue  # test_serve_adapters
+        if words[0] == "chat":
+            words += ["--prompt", "how many birds in 3?", "--max-tokens", "4"]
+        if words[0] in ("lora", "dpo", "distill"):
+            words += ["--steps", "2", "--seq-len", "128", "--batch-tokens", "512", "-q"]
+            if "--online" in words or "--distill.on_policy" in words:
+                words += [word for pair in few.items() for word in pair]
+        kllm(*words, cwd=lab)
+    for run in ("adapter", "qlora", "kto"):
+        assert list((lab / "runs" / run).glob("01-*/adapter/adapter_model.safetensors")), run
+    for run in ("aligned", "online", "small", "gkd", "blackbox"):
+        assert list((lab / "runs" / run).glob("01-*/final/model.safetensors")), run
+    assert (lab / "merged" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("line", [c for c in COMMANDS if "chat" not in c.split()[1]], ids=lambda c: c[:40])
 def test_every_command_is_understood(line: str) -> None:
     words = shlex.split(line)[1:]
