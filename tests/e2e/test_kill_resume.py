@@ -79,7 +79,7 @@ def check(tmp_path: Path, tokenizer: Path, steps: int, save_every: int, pauses: 
 
 
 def test_two_kills(tmp_path: Path, tokenizer: Path) -> None:
-    check(tmp_path, tokenizer, steps=30, save_every=5, pauses=[0.01, 0.09])
+    check(tmp_path, tokenizer, steps=60, save_every=5, pauses=[0.01, 0.09])
 
 
 @pytest.mark.slow
@@ -90,17 +90,48 @@ def test_twenty_kills_of_a_200_step_run(tmp_path: Path, tokenizer: Path) -> None
     check(tmp_path, tokenizer, steps=200, save_every=3, pauses=[rng.uniform(0, 0.2) for _ in range(20)])
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, tokenizer: Path) -> None:
-    args = command(tmp_path / "run", tokenizer, 100_000, 0)
-    process = Command(*args, cwd=tmp_path, stderr=subprocess.PIPE)
-    metrics = tmp_path / "run" / "01-pretrain" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.exists() and '"train/loss"' in metrics.read_text()):
+def interrupt(args: list[str], run: Path, after: float) -> None:
+    """Ctrl-C, as a terminal sends it to the whole group, `after` seconds after the first loss."""
+    process = Command(*args, cwd=run.parent, stderr=subprocess.PIPE, session=True)
+    log = run / "01-pretrain" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (log.exists() and '"train/loss"' in log.read_text()):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    time.sleep(after)
+    os.killpg(process.pid, signal.SIGINT)
     process.wait(60)
     err = process.stderr.read()
     assert process.returncode == 130, err
     assert "saved" in err
     assert "Traceback" not in err
-    assert len(list((tmp_path / "run" / "01-pretrain" / "checkpoints").glob("step-*/COMPLETE"))) == 1
+    assert list((run / "01-pretrain" / "checkpoints").glob("step-*/COMPLETE"))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, tokenizer: Path) -> None:
+    interrupt(command(tmp_path / "run", tokenizer, 100_000, 0), tmp_path / "run", 0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_resume_with_compiled_blocks(tmp_path: Path, tokenizer: Path) -> None:
+    """The compiler's own processes are in the group that the terminal interrupts."""
+    args = command(tmp_path / "run", tokenizer, 100_000, 10)
+    args[args.index("off")] = "on"
+    interrupt(args, tmp_path / "run", 0.5)
+    assert kill_in_training(args, tmp_path / "run", 0.1), "it goes on and saves again"
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_it_compiles(tmp_path: Path, tokenizer: Path) -> None:
+    args = command(tmp_path / "run", tokenizer, 100_000, 0)
+    args[args.index("off")] = "on"
+    process = Command(*args, cwd=tmp_path, stderr=subprocess.PIPE, session=True)
+    log = tmp_path / "run" / "01-pretrain" / "log.txt"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and "folder" in log.read_text()):
+        time.sleep(0.05)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(120)
+    err = process.stderr.read()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
