@@ -1,5 +1,4 @@
-"""LoRA adapters: reads PEFT directories and MiniMind's `.pth` files, merges them, trains on from them, writes
-what was trained.
+"""LoRA adapters: reads PEFT directories and MiniMind's `.pth` files, merges them, writes what was trained.
 
 On disk the down projection of a gateless shared expert is doubled (see `mapping`), so an adapter made for the
 disk has a doubled B there; `in_memory` halves it.
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kllm.errors import UserError
-from kllm.export.peft import DOUBLED, EXPERT, PROJECTIONS, ROUTER, Adapter, read_peft, unreadable, write_peft
+from kllm.export.peft import DOUBLED, EXPERT, Adapter, is_known, read_peft, unreadable, write_peft
 from kllm.export.pth import read_lora_pth
 from kllm.export.resolve_adapter import KINDS, resolve_adapter
-from kllm.model.lora import LoraConfig, add_lora, load_lora_state, lora_config, lora_pairs
+from kllm.model.lora import lora_config, lora_pairs
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 
@@ -27,7 +26,6 @@ __all__ = [
     "Adapter",
     "adapter_targets",
     "in_memory",
-    "load_adapter_into",
     "merge_adapter",
     "merge_adapters",
     "read_adapter",
@@ -155,75 +153,10 @@ def _weight(modules: Mapping[str, torch.nn.Module], name: str, width: int) -> Te
         stack = getattr(modules.get(stem), part, None)
         return stack[number] if isinstance(stack, Tensor) and number < stack.shape[0] else None
     module = modules.get(name)
-    known = name.rsplit(".", 1)[-1] in PROJECTIONS or ROUTER.fullmatch(name)
-    return module.weight if known and isinstance(module, torch.nn.Linear) else None
+    return module.weight if is_known(name) and isinstance(module, torch.nn.Linear) else None
 
 
 # -- training ----------------------------------------------------------------------------------------
-
-
-def load_adapter_into(
-    model: Transformer, path: str | Path, *, dropout: float = 0.0, base: str = "none"
-) -> LoraConfig:
-    """Gives a plain model the layers of an adapter on disk, filled from it, to train on.
-
-    Args:
-        model: without adapters; changed in place, not at all when an error is raised.
-        path: whatever `read_adapter` takes.
-        dropout, base: of the further training, as in `LoraConfig`.
-
-    Returns:
-        The adapter's config; a module with a rank of its own keeps it.
-
-    Raises:
-        UserError: another model's adapter, or one of single experts, which can only be merged.
-    """
-    adapter = in_memory(read_adapter(path, model.shape.head_dim), model.shape)
-    adapter_targets(model, adapter, str(path))
-    state: dict[str, Tensor] = {}
-    for name, parts in _stacked(adapter, model.shape.num_experts, str(path)).items():
-        state |= {f"{name}.{kind}": tensor for kind, tensor in parts.items()}
-    ranks = {
-        name.removesuffix(".lora_A"): tensor.shape[-2]
-        for name, tensor in state.items()
-        if name.endswith(".lora_A")
-    }
-    config = LoraConfig(
-        adapter.rank,
-        adapter.alpha,
-        dropout,
-        tuple(ranks),
-        use_rslora=adapter.use_rslora,
-        use_dora=bool(adapter.magnitudes),
-        base=base,
-    )
-    add_lora(model, config, 0, ranks)
-    load_lora_state(model, state, str(path))
-    return config
-
-
-def _stacked(adapter: Adapter, experts: int, where: str) -> dict[str, dict[str, Tensor]]:
-    """Module in memory -> its tensors as `lora_state` names them; experts of a layer in one."""
-    found: dict[str, dict[str, Tensor]] = {}
-    single: dict[str, dict[int, dict[str, Tensor]]] = {}
-    for name, (a, b) in adapter.pairs.items():
-        parts = {"lora_A": a, "lora_B": b}
-        if name in adapter.magnitudes:
-            parts["lora_magnitude"] = adapter.magnitudes[name]
-        match = EXPERT.fullmatch(name)
-        if match is None:
-            found[name] = parts
-        else:
-            single.setdefault(f"{match.group(1)}.{match.group(3)}", {})[int(match.group(2))] = parts
-    for name, by_number in single.items():
-        ranks = {parts["lora_A"].shape for parts in by_number.values()}
-        if ".shared_experts." in name or len(by_number) != experts or len(ranks) > 1:
-            message = f"{name}: adapters of single experts cannot be trained on"
-            raise UserError(message, where, "merge it first: kllm convert --adapter")
-        found[name] = {
-            kind: torch.stack([by_number[e][kind] for e in range(experts)]) for kind in by_number[0]
-        }
-    return found
 
 
 def save_adapter(model: Transformer, directory: Path, base: str) -> list[str]:

@@ -23,12 +23,15 @@ from kllm.errors import KllmError, UserError
 from kllm.export.resolve_adapter import KINDS
 from kllm.export.shards import save_tensor_file
 from kllm.files import new_directory, write_json
+from kllm.model.lora_layers import PROJECTIONS, lora_scale
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 _PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
 _A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values (or their beginnings) of init_lora_weights with which PEFT takes something out of the base."""
 EXPERT = re.compile(r"(.+\.mlp\.(?:shared_)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
 DOUBLED = "shared_expert.down_proj"
 ROUTER = re.compile(r".+\.mlp\.gate")
@@ -41,10 +44,9 @@ class Adapter:
     Attributes:
         pairs: a module's Hugging Face name -> A [r, in] and B [out, r], float32; modules with a rank or
             alpha of their own have it worked into B.
-        rank, alpha, scale, use_rslora: the adapter's.
+        rank, alpha, scale: the adapter's.
         source: "peft" (made for weights as they are on disk) or "memory" (as they are in memory).
         magnitudes: module name -> m [out], the row lengths of DoRA modules.
-        base: path or hub id of the model that it was made for; "" if it does not say.
     """
 
     pairs: Pairs
@@ -53,8 +55,6 @@ class Adapter:
     scale: float
     source: str
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
-    use_rslora: bool = False
-    base: str = ""
 
 
 # -- reading -----------------------------------------------------------------------------------------
@@ -71,18 +71,11 @@ def read_peft(directory: Path) -> Adapter:
     config = read_peft_config(directory)
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        if rank < 1:
+        if rank < 1 or not math.isfinite(alpha):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError("r and lora_alpha must be numbers", where=str(where)) from None
-    file = directory / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise UserError("no such file", where=str(file), hint="copy the folder again") from None
-    except (OSError, SafetensorError) as e:
-        raise KllmError(f"damaged adapter: {e}", where=str(file), hint="copy the file again") from None
-    pairs, magnitudes = _by_module(tensors, str(file))
+    pairs, magnitudes = _by_module(_tensors(directory), str(directory / WEIGHTS))
     if magnitudes.keys() != (pairs.keys() if config.get("use_dora") else set()):
         message = "use_dora and the lora_magnitude_vector tensors do not agree"
         raise UserError(message, where=str(directory), hint="copy the folder again")
@@ -92,10 +85,22 @@ def read_peft(directory: Path) -> Adapter:
         own = lora_scale(_pattern(config.get("alpha_pattern"), name, alpha, str(where)), a.shape[0], rslora)
         if own != scale:
             pairs[name] = (a, b * (own / scale))
-    base = config.get("base_model_name_or_path")
-    return Adapter(
-        pairs, rank, alpha, scale, "peft", magnitudes, rslora, base if isinstance(base, str) else ""
-    )
+    return Adapter(pairs, rank, alpha, scale, "peft", magnitudes)
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    file = directory / WEIGHTS
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        pass
+    except (OSError, SafetensorError) as e:
+        raise KllmError(f"damaged adapter: {e}", where=str(file), hint="copy the file again") from None
+    if not (directory / "adapter_model.bin").exists():
+        raise UserError("no such file", where=str(file), hint="copy the folder again")
+    convert = f"save_file(torch.load('adapter_model.bin', weights_only=True), '{WEIGHTS}')"
+    message = f"its weights are in adapter_model.bin, and only {WEIGHTS} is read"
+    raise UserError(message, str(directory), f"in Python, with safetensors.torch: {convert}")
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:
@@ -119,15 +124,15 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
         raise UserError(f"peft_type {kind!r} is not supported, only LORA", where=str(directory))
-    for unsupported in ("modules_to_save", "fan_in_fan_out", "lora_bias"):
+    for unsupported in ("modules_to_save", "fan_in_fan_out", "lora_bias", "alora_invocation_tokens"):
         if config.get(unsupported):
             raise UserError(f"adapters with {unsupported} cannot be merged", where=str(directory))
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGED):
+        message = f"init_lora_weights {init!r}: it belongs to a base that PEFT changed, not to the plain one"
+        convert = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        raise UserError(message, where=str(directory), hint=f"in PEFT: {convert}")
     return config
-
-
-def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
-    """alpha / r, or alpha / sqrt(r) (rank-stabilised, Kalajdzievski 2023)."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def _pattern(patterns: Mapping[str, Any] | None, name: str, default: float, where: str) -> float:
@@ -135,7 +140,10 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str, default: float, wher
     try:
         for pattern, value in (patterns or {}).items():
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
-                return float(value)
+                found = float(value)
+                if not math.isfinite(found):
+                    raise ValueError
+                return found
     except (re.error, TypeError, ValueError, AttributeError):
         raise UserError("alpha_pattern is broken", where=where) from None
     return default
@@ -151,8 +159,8 @@ def _by_module(tensors: dict[str, Tensor], where: str) -> tuple[Pairs, dict[str,
         elif name.endswith(_A):
             name = name.removesuffix(_A)
             other = tensors.get(f"{_PREFIX}{name}{_B}")
-            if other is None or not _known(name):
-                raise UserError(f"tensor {key} cannot be merged", where=where)
+            if other is None or not is_known(name):
+                raise _unmergeable(key, where)
             if (
                 tensor.dim() != 2
                 or other.dim() != 2
@@ -161,8 +169,8 @@ def _by_module(tensors: dict[str, Tensor], where: str) -> tuple[Pairs, dict[str,
             ):
                 raise UserError(f"{name}: its LoRA matrices do not fit each other", where=where)
             pairs[name] = (tensor.float(), other.float())
-        elif not name.endswith(_B):
-            raise UserError(f"tensor {key} cannot be merged", where=where)
+        elif not name.endswith(_B) or f"{_PREFIX}{name.removesuffix(_B)}{_A}" not in tensors:
+            raise _unmergeable(key, where)
     if not pairs:
         raise UserError("no LoRA matrices in it", where=where)
     for name, pair in pairs.items():
@@ -174,7 +182,20 @@ def _by_module(tensors: dict[str, Tensor], where: str) -> tuple[Pairs, dict[str,
     return pairs, magnitudes
 
 
-def _known(name: str) -> bool:
+def _unmergeable(key: str, where: str) -> UserError:
+    """A tensor that is no half of a projection's pair, with what PEFT calls it."""
+    reason = ""
+    if key.endswith(".bias"):
+        reason = ": biases were trained (PEFT's setting bias)"
+    elif "embed_tokens" in key or "lm_head" in key:
+        reason = ": the embedding or the head was trained (target_modules, trainable_token_indices)"
+    elif key.endswith((_A, _B)):
+        reason = ": its other half is missing" if is_known(key.removesuffix(_A).removesuffix(_B)) else ""
+    return UserError(f"tensor {key} cannot be merged{reason}", where=where)
+
+
+def is_known(name: str) -> bool:
+    """Whether adapters of the module are read: a projection, dense or of an expert, or a router."""
     return name.rsplit(".", 1)[-1] in PROJECTIONS or ROUTER.fullmatch(name) is not None
 
 
@@ -242,12 +263,15 @@ def write_peft(
             config["rank_pattern"][name] = own
             config["alpha_pattern"][name] = scale * (math.sqrt(own) if use_rslora else own)
     with new_directory(directory) as aside:
-        save_tensor_file(tensors, aside / "adapter_model.safetensors")
+        save_tensor_file(tensors, aside / WEIGHTS)
         write_json(aside / "adapter_config.json", config)
 
 
 def _target(name: str) -> str:
-    """How target_modules names a module: a bare gate_proj would mean the routed experts too."""
+    """How target_modules names a module: a bare gate_proj would mean the routed experts too, so of those and
+    of routers the whole name is given, which means nothing else."""
+    if unreadable([name]):
+        return name
     parent, _, last = name.rpartition(".")
     return f"shared_expert.{last}" if parent.endswith(".shared_expert") else last
 

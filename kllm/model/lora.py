@@ -19,6 +19,7 @@ from kllm.errors import UserError
 from kllm.model.frozen import FrozenLinear, FrozenStack
 from kllm.model.lora_layers import (
     EXPERT_PARTS,
+    PROJECTIONS,
     LoraConfig,
     LoraExperts,
     LoraLayer,
@@ -46,7 +47,6 @@ __all__ = [
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 GROUPS = ("all", "attention", "mlp", "experts", "router")
-_ROUNDED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PLAIN_NAME = re.compile(r"[\w.]+")
 
 
@@ -58,7 +58,7 @@ class LoraWeights:
         pairs: module name -> A [r, K], B [N, r], float32 on the CPU; the change is scale * B A. The
             experts of a stack are modules of their own, `...mlp.experts.3.up_proj`.
         magnitudes: module name -> m [N] (DoRA), else empty.
-        rank, alpha, scale, use_rslora: a module with another rank has this scale all the same.
+        rank, alpha, scale, use_rslora: of all of them.
     """
 
     pairs: Pairs
@@ -73,10 +73,11 @@ class LoraWeights:
 
 
 def _places(model: Transformer) -> dict[str, nn.Module | nn.Parameter]:
-    """Every linear layer of the blocks and every stack of experts, by full name."""
+    """Every linear layer of the blocks and every stack of experts, by full name; not the gate of a shared
+    expert, which no adapter on disk can name."""
     found: dict[str, nn.Module | nn.Parameter] = {}
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and _group(name) is not None:
             found[name] = module
         elif isinstance(module, Experts):
             found |= {f"{name}.{part}": getattr(module, part) for part in EXPERT_PARTS}
@@ -139,9 +140,7 @@ def _listed(names: list[str]) -> str:
 # -- in and out --------------------------------------------------------------------------------------
 
 
-def add_lora(
-    model: Transformer, config: LoraConfig, seed: int, ranks: Mapping[str, int] | None = None
-) -> list[str]:
+def add_lora(model: Transformer, config: LoraConfig, seed: int) -> list[str]:
     """Freezes the model and puts adapters beside the targets, in place; it computes what it did before.
 
     With `config.base` int8 or int4 all matrices of attention, MLPs and experts are rounded, adapted or not
@@ -150,7 +149,6 @@ def add_lora(
     Args:
         model: without adapters.
         seed: of the initial A; the same numbers on every device.
-        ranks: full name -> rank, where it is not config.rank (the scale stays config's).
 
     Returns:
         Full names of the adapted modules.
@@ -161,27 +159,22 @@ def add_lora(
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("the model has adapters already")
     places, names = _places(model), find_targets(model, config.targets)
-    rank_of = {name: (ranks or {}).get(name, config.rank) for name in names}
     if config.init == "pissa":
-        for name, rank in rank_of.items():
-            _check_pissa(name, places[name], rank)
+        for name in names:
+            _check_pissa(name, places[name], config.rank)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     stacks: dict[str, dict[str, FrozenStack]] = {}
     for name, place in places.items():
         parent, _, last = name.rpartition(".")
-        rounded = config.base if last in _ROUNDED else "none"
+        rounded = config.base if last in PROJECTIONS else "none"
         if isinstance(place, nn.Linear):
-            if name in rank_of:
-                model.set_submodule(name, LoraLinear(place, config, rank_of[name], generator, rounded))
+            if name in names:
+                model.set_submodule(name, LoraLinear(place, config, generator, rounded))
             elif rounded != "none":
                 model.set_submodule(name, FrozenLinear(place, rounded))
         elif isinstance(place, nn.Parameter):
-            stack = (
-                LoraStack(place, config, rank_of[name], generator)
-                if name in rank_of
-                else FrozenStack(place, config.base)
-            )
+            stack = LoraStack(place, config, generator) if name in names else FrozenStack(place, config.base)
             stacks.setdefault(parent, {})[last] = stack
     for parent, parts in stacks.items():
         if config.base != "none" or any(isinstance(stack, LoraStack) for stack in parts.values()):

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from kllm.errors import UserError
 from kllm.model.frozen import BASES, FrozenLinear, FrozenMatrix, FrozenStack, thaw
-from kllm.model.moe import Experts
 
 INITS = ("default", "pissa")
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *EXPERT_PARTS)
+"""Last parts of the names of all matrices of attention and MLPs: what is adapted, and rounded with `base`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,12 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return lora_scale(self.alpha, self.rank, self.use_rslora)
+
+
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) (rank-stabilised, Kalajdzievski 2023)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -134,13 +141,14 @@ class LoraLayer(nn.Module):
     initial_B: nn.Parameter | None  # noqa: N815
 
     @torch.no_grad()
-    def attach(self, weight: Tensor, config: LoraConfig, rank: int, generator: torch.Generator) -> None:
+    def attach(self, weight: Tensor, config: LoraConfig, generator: torch.Generator) -> None:
         """Adds A, B and what the kind of adapter needs besides; the layer computes what it did.
 
         Args:
             weight: [..., N, K], what the base was made of, not rounded.
         """
         self.config, self.scale, self.enabled = config, config.scale, True
+        rank = config.rank
         *stack, outputs, inputs = self.base.shape
         device = self.base.parts()[0].device
         self.initial_A = self.initial_B = self.lora_magnitude = None
@@ -228,11 +236,9 @@ class LoraLayer(nn.Module):
 class LoraLinear(LoraLayer, FrozenLinear):
     """x W^T + s (x A^T) B^T + bias, everything but A and B (and DoRA's m [N]) frozen."""
 
-    def __init__(
-        self, linear: nn.Linear, config: LoraConfig, rank: int, generator: torch.Generator, base: str
-    ) -> None:
+    def __init__(self, linear: nn.Linear, config: LoraConfig, generator: torch.Generator, base: str) -> None:
         FrozenLinear.__init__(self, linear, base)
-        self.attach(linear.weight, config, rank, generator)
+        self.attach(linear.weight, config, generator)
 
     def product(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N], without the bias."""
@@ -252,9 +258,9 @@ class LoraLinear(LoraLayer, FrozenLinear):
 class LoraStack(LoraLayer, FrozenStack):
     """The same for one matrix of each of E experts: A [E, r, K], B [E, N, r], m [E, N]."""
 
-    def __init__(self, weight: Tensor, config: LoraConfig, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, config: LoraConfig, generator: torch.Generator) -> None:
         FrozenStack.__init__(self, weight, config.base)
-        self.attach(weight, config, rank, generator)
+        self.attach(weight, config, generator)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [T, K] sorted by expert -> [T, N]; offsets int32 [E] are the ends of each expert's rows."""
@@ -284,14 +290,6 @@ class LoraExperts(nn.Module):
         """As `Experts.forward`."""
         hidden = F.silu(self.gate_proj(x, offsets)) * self.up_proj(x, offsets)
         return self.down_proj(hidden, offsets)  # type: ignore[no-any-return]
-
-
-EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
-
-
-def stacks_of(experts: Experts) -> dict[str, nn.Parameter]:
-    """The three weights [E, N, K] by name."""
-    return {name: getattr(experts, name) for name in EXPERT_PARTS}
 
 
 EXACT_SIZE = 2048

@@ -57,11 +57,12 @@ def base_of(adapter: str) -> str:
 def keep_adapter(reference: str, model: Transformer, directory: Path, base: str) -> None:
     """The adapter beside the model as a PEFT folder, which names `base` if it is made anew."""
     from kllm.export.adapter import read_adapter, write_peft
+    from kllm.export.peft import WEIGHTS
 
     given = resolve_adapter(reference)
     if given.is_dir():  # its two files; what a training left beside them is nobody else's
         directory.mkdir()
-        for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
+        for name in (ADAPTER_CONFIG, WEIGHTS):
             shutil.copyfile(given / name, directory / name)
         return
     adapter = read_adapter(given, model.shape.head_dim)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kllm.errors import KllmError, UserError
@@ -576,6 +577,15 @@ def test_peft_directories(tmp_path: Path) -> None:
         ({"lora_alpha": None}, "r and lora_alpha"),
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
         ({"alpha_pattern": {"o_proj": "x"}}, "alpha_pattern"),
+        ({"alpha_pattern": {"o_proj": float("nan")}}, "alpha_pattern"),
+        ({"lora_alpha": float("nan")}, "r and lora_alpha"),
+        ({"r": float("inf")}, "r and lora_alpha"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "OLoRA"}, "belongs to a base that PEFT changed"),
+        ({"init_lora_weights": "corda"}, "'corda'"),
+        ({"init_lora_weights": "loftq"}, "'loftq'"),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga'"),
+        ({"alora_invocation_tokens": [7]}, "alora_invocation_tokens"),
     ],
 )
 def test_peft_directories_that_cannot_be_merged(changes: dict[str, Any], word: str, tmp_path: Path) -> None:
@@ -584,3 +594,43 @@ def test_peft_directories_that_cannot_be_merged(changes: dict[str, Any], word: s
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     says(lambda: read_adapter(tmp_path / "a"), word)
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "words"),
+    [
+        (None, "lora_A.weight", ("q_proj.lora_B.weight", "its other half is missing")),
+        (None, "lora_B.weight", ("q_proj.lora_A.weight", "its other half is missing")),
+        ("model.layers.0.self_attn.q_proj.base_layer.bias", None, ("biases were trained",)),
+        ("lm_head.base_layer.weight", None, ("the embedding or the head was trained",)),
+        ("model.embed_tokens.lora_embedding_A", None, ("the embedding or the head was trained",)),
+        ("model.layers.0.mlp.down_proj.lora_diag", None, ("down_proj.lora_diag cannot be merged",)),
+    ],
+)
+def test_tensors_of_a_peft_file_that_cannot_be_merged(
+    name: str | None, gone: str | None, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    pair = torch.ones(2, 32), torch.ones(32, 2)
+    pairs = {f"model.layers.{i}.self_attn.q_proj": pair for i in range(2)}
+    write_peft(pairs, tmp_path / "a", alpha=6, rank=2, base="base")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if name is not None:
+        tensors[f"base_model.model.{name}"] = torch.ones(3)
+    if gone is not None:
+        del tensors[f"base_model.model.model.layers.1.self_attn.q_proj.{gone}"]
+    save_file(tensors, file)
+    says(lambda: read_adapter(tmp_path / "a"), *words)
+
+
+def test_weights_of_a_peft_folder_as_a_pickle(tmp_path: Path) -> None:
+    pairs = {"model.layers.1.self_attn.o_proj": (torch.ones(2, 32), torch.ones(32, 2))}
+    write_peft(pairs, tmp_path / "a", alpha=6, rank=2, base="base")
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    says(
+        lambda: read_adapter(tmp_path / "a"),
+        "only adapter_model.safetensors is read",
+        "save_file(torch.load(",
+    )
+    (tmp_path / "a" / "adapter_model.bin").unlink()
+    says(lambda: read_adapter(tmp_path / "a"), "no such file")

@@ -48,6 +48,7 @@ def test_the_router_and_one_layer() -> None:
         (MOE, "c_attn", "'c_attn' matches no layer (there are all, attention, mlp, experts, router, experts.down_proj"),
         (BASE, "experts", "there are all, attention, mlp, down_proj, gate_proj, k_proj"),
         (BASE, "lm_head", "'lm_head' matches no layer"),
+        (SHAPES["qwen2-moe-gated"], "shared_expert_gate", "'shared_expert_gate' matches no layer"),
         (BASE, "(q", "broken regular expression"),
     ],
 )  # fmt: skip
