@@ -246,7 +246,7 @@ def schemathesis(running: Server, examples: int) -> None:
         "--seed",
         "1",
         "--request-timeout",
-        "60",
+        "10",
     ]
     command += ["--suppress-health-check", "all", "--generation-database", "none"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
