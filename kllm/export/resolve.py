@@ -8,6 +8,7 @@ from pathlib import Path
 from kllm.errors import UserError
 
 COMPLETE = "COMPLETE"
+ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FILES = (".gguf", ".pth", ".pt", ".ckpt", ".bin")
 """Single files that hold a whole model."""
 
@@ -21,7 +22,8 @@ def complete_checkpoints(stage_dir: Path) -> list[Path]:
 def _stage_result(stage_dir: Path) -> Path | None:
     if (stage_dir / "final" / "config.json").exists():
         return stage_dir / "final"
-    checkpoints = complete_checkpoints(stage_dir)
+    # a checkpoint of an adapter holds no model
+    checkpoints = [p for p in complete_checkpoints(stage_dir) if (p / "config.json").exists()]
     return checkpoints[-1] if checkpoints else None
 
 
@@ -71,12 +73,24 @@ def resolve(path: str | Path, *, weights: bool = True) -> Path:
     found = _stage_result(place) or _last_stage(place) or _only_file(place)
     if found is None:
         what = "the run has no trained model yet" if (place / "run.json").exists() else "no model in it"
-        raise UserError(
-            what,
-            where=str(path),
-            hint="give a run, a stage, a checkpoint, a Hugging Face directory or a file",
-        )
+        hint = "give a run, a stage, a checkpoint, a Hugging Face directory or a file"
+        if find_adapter(place) is not None:
+            what, hint = f"{what}, only an adapter", f"name the model that it is for, and --adapter {path}"
+        raise UserError(what, where=str(path), hint=hint)
     return found
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """The PEFT directory in a folder, a run (its last stage's), a stage or a checkpoint.
+
+    A stage that has not ended gives that of its newest checkpoint.
+    """
+    for place in (folder, *sorted(folder.glob("[0-9][0-9]-*"), reverse=True)):
+        newest = complete_checkpoints(place)[-1:]
+        for found in (place, *(p / "adapter" for p in (place, place / "final", *newest))):
+            if (found / ADAPTER_CONFIG).is_file():
+                return found
+    return None
 
 
 def _only_file(directory: Path) -> Path | None:

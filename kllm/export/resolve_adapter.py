@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kllm.errors import UserError
+from kllm.export.resolve import ADAPTER_CONFIG, find_adapter
 
-ADAPTER_CONFIG = "adapter_config.json"
 KINDS = "an adapter is a PEFT folder, a LoRA run or stage, a MiniMind LoRA .pth or a hub id"
 
 
@@ -28,9 +28,7 @@ def resolve_adapter(reference: str | Path) -> Path:
         return fetch(str(reference), "adapter")
     if place.is_file():
         return place.parent if place.name == ADAPTER_CONFIG else place
-    stages = sorted(place.glob("[0-9][0-9]-*"), reverse=True)
-    for folder in (place, *stages):
-        for found in (folder, folder / "adapter", folder / "final" / "adapter"):
-            if (found / ADAPTER_CONFIG).is_file():
-                return found
-    raise UserError("no adapter in it", where=str(reference), hint=KINDS)
+    found = find_adapter(place)
+    if found is None:
+        raise UserError("no adapter in it", where=str(reference), hint=KINDS)
+    return found

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kllm.errors import UserError
-from kllm.export.resolve_adapter import ADAPTER_CONFIG, resolve_adapter
+from kllm.export.resolve import ADAPTER_CONFIG
+from kllm.export.resolve_adapter import resolve_adapter
 
 if TYPE_CHECKING:
     from kllm.model.transformer import Transformer

@@ -8,6 +8,7 @@ import pytest
 
 from kllm.errors import UserError
 from kllm.export import hub
+from kllm.export.resolve import resolve
 from kllm.export.resolve_adapter import resolve_adapter
 
 
@@ -30,6 +31,28 @@ def test_folders_runs_stages_and_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert resolve_adapter(file) == file
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_adapter("~/plain") == plain
+
+
+def test_a_stage_that_has_not_ended(tmp_path: Path) -> None:
+    """Its newest whole checkpoint holds the adapter; the run's model is the one of the stage before."""
+    run = tmp_path / "run"
+    (run / "01-sft" / "final").mkdir(parents=True)
+    checkpoints = run / "02-lora" / "checkpoints"
+    places = [adapter(checkpoints / f"step-00000{step}" / "adapter") for step in (1, 2, 3)]
+    for place in places[:2]:
+        (place.parent / "COMPLETE").touch()
+    for place in (run, run / "02-lora", places[1].parent):
+        assert resolve_adapter(place) == places[1]
+    with pytest.raises(
+        UserError, match="02-lora: no model in it, only an adapter .name the model that it is for"
+    ):
+        resolve(run / "02-lora")
+    with pytest.raises(UserError, match="no model in it, only an adapter"):
+        resolve(run)
+    (run / "01-sft" / "final" / "config.json").touch()
+    assert resolve(run) == run / "01-sft" / "final"
+    done = adapter(run / "02-lora" / "adapter")
+    assert resolve_adapter(run) == done
 
 
 def test_nothing_there(tmp_path: Path) -> None:
