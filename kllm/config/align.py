@@ -43,9 +43,12 @@ class LoraSection(Section):
     """Learning rate of the second matrices as a multiple of the first's (LoRA+: 16)."""
 
     @model_validator(mode="after")
-    def _base_needs_rank(self) -> LoraSection:
-        if self.base != "none" and not self.rank:
-            raise ValueError("lora.base rounds the frozen weights of an adapter: set lora.rank as well")
+    def _settings_need_rank(self) -> LoraSection:
+        if self.rank:
+            return self
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) != field.get_default(call_default_factory=True):
+                raise ValueError(f"lora.{name} is of an adapter, and there is none: set lora.rank as well")
         return self
 
 

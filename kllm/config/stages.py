@@ -145,6 +145,34 @@ class TuningStage(TrainingStage):
     """Conversations to train on; repeat for a mixture. Each may carry @weight."""
     lora: LoraSection = Field(default_factory=LoraSection)
 
+    @model_validator(mode="after")
+    def _adapter_has_a_base(self) -> TuningStage:
+        """An adapter names the model that it belongs to; that one must be left as it was trained on."""
+        if self.adapter is None:
+            return self
+        if getattr(self, "student_from", None) is not None:
+            raise ValueError(
+                "an adapter (lora.rank) would belong to the pruned student, which is not kept: prune first "
+                "(student_from without lora.rank), then train an adapter on that run"
+            )
+        if self.model.preset is not None:
+            raise ValueError(
+                "an adapter (lora.rank) on fresh weights would belong to no model: pretrain first, then give "
+                "that run as model.path"
+            )
+        for name in self.model.model_dump(exclude_none=True):
+            if name not in _LEAVE_THE_MODEL:
+                raise ValueError(
+                    f"model.{name} would make another model than the one that the adapter (lora.rank) names: "
+                    "train that with all weights first, then an adapter on its run"
+                )
+        return self
+
+
+_LEAVE_THE_MODEL = ("path", "max_position_embeddings", "router_aux_loss_coef", "router_z_loss_coef",
+                    "aux_loss_type", "router_noise", "initializer_range")  # fmt: skip
+"""Keys of a model section with which the same weights compute the same."""
+
 
 class SftStage(TuningStage):
     """Fine-tune a model on conversations; only the assistant's words are learned."""

@@ -14,7 +14,16 @@ from kllm.config.parts import (
     TokenizerRef,
     TrainSection,
 )
-from kllm.config.stages import EvalStage, PretrainStage, SftStage, TokenizerStage
+from kllm.config.stages import (
+    DistillStage,
+    DpoStage,
+    EvalStage,
+    LoraStage,
+    PretrainStage,
+    SftStage,
+    TokenizerStage,
+    TuningStage,
+)
 
 
 def parse(kind, value):
@@ -199,3 +208,38 @@ def test_a_batch_holds_a_row():
 def test_bad_values(section, values):
     with pytest.raises(ValidationError):
         section(**values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (SftStage, {"lora": {"targets": ["q_proj"]}}, "lora.targets is of an adapter"),
+        (DpoStage, {"lora": {"alpha": 4}}, "lora.alpha is of an adapter, and there is none: set lora.rank"),
+        (DistillStage, {"lora": {"lr_ratio": 16}}, "lora.lr_ratio"),
+        (LoraStage, {"model": {"preset": "k-tiny"}}, "pretrain first"),
+        (LoraStage, {"model": {"path": "m", "rope_theta": 5e5}}, "model.rope_theta would make another model"),
+        (
+            SftStage,
+            {"lora": {"rank": 4}, "model": {"path": "m", "norm_topk_prob": False}},
+            "model.norm_topk_prob",
+        ),
+        (
+            DistillStage,
+            {"lora": {"rank": 4}, "student_from": "t", "model": {"hidden_size": 8}},
+            "prune first",
+        ),
+    ],
+)
+def test_an_adapter_belongs_to_the_model_it_names(
+    kind: type[TuningStage], values: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        kind.model_validate(values)
+
+
+def test_settings_that_leave_the_model_of_an_adapter() -> None:
+    model = {"path": "m", "max_position_embeddings": 4096, "router_aux_loss_coef": 0.1}
+    assert LoraStage.model_validate({"model": model}).adapter is not None
+    SftStage.model_validate({"model": {"path": "m", "rope_theta": 5e5}})  # all weights learn the change
+    defaults = SftStage().lora.model_dump()
+    assert not SftStage.model_validate({"lora": defaults}).adapter
