@@ -93,7 +93,7 @@ class _Collector:
                     await self._ask_all()
             await self._write()
         if failed := sum(report.failed.values()):
-            self.reporter.warn(f"{failed:,} prompts got no answer; the same command asks them again")
+            self.reporter.warn(f"{failed:,} prompts got no answer; {self.job.out.name} does without them")
         return report
 
     @contextlib.asynccontextmanager

@@ -17,11 +17,14 @@ from collect_support import CITIES, job_of, prompts_file, rows_of, run, tell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kllm.config.load import make_recipe
 from kllm.errors import Interrupted, KllmError, UserError
 from kllm.observe.console import QuietReporter
+from kllm.run.blackbox import collected
 from kllm.run.collect import _Collector, collect
 from kllm.run.collect_filter import Rules
 from kllm.run.collect_journal import Journal, Reply
+from kllm.run.context import StageContext
 
 
 def mixed(body: dict[str, Any], before: int) -> Any:
@@ -186,3 +189,27 @@ def test_other_settings_ask_anew_and_old_answers_stay(tmp_path: Path) -> None:
             assert run(tmp_path, server.url, **changes).requests == 3
         assert run(tmp_path, server.url, model="a", rules=Rules(min_chars=5)).requests == 0
     assert run(tmp_path, "http://127.0.0.1:9", model="a").requests == 0, "the address may change or be gone"
+
+
+def test_a_stage_asks_until_it_is_done_and_then_nobody(tmp_path: Path) -> None:
+    """What failed stays out: a training that goes on needs the data it began with, and no server."""
+    prompts = str(prompts_file(tmp_path))
+    reachable = [False]
+
+    def answer(body: dict[str, Any], before: int) -> Any:
+        return tell(body) if reachable[0] or "Rome" not in question(body) else (400, "content policy")
+
+    def collect_into(folder: str, url: str, *more: str) -> Path:
+        words = [f"from_endpoint={url}", f"prompts={prompts}", "collect.parallel=1", "model.path=m", *more]
+        recipe = make_recipe("distill", words).recipe
+        ctx = StageContext(recipe, recipe.stages[0], tmp_path / folder, tmp_path, reporter=QuietReporter())
+        return Path(collected(ctx, recipe.stages[0], main=True).data[0].path)  # type: ignore[arg-type]
+
+    with FakeTeacher(answer).listening() as server:
+        file = collect_into("stage", server.url)
+        whole, reachable[0] = file.read_bytes(), True
+        assert len(rows_of(file)) == 5 and len(server.asked) == 6
+        assert collect_into("stage", server.url).read_bytes() == whole and len(server.asked) == 6
+        assert len(rows_of(collect_into("stage", server.url, "collect.system_prompt=Hm"))) == 6, "another job"
+        collect_into("other", server.url)
+    assert len(rows_of(collect_into("other", server.url))) == 6, "the server is gone"
