@@ -174,7 +174,7 @@ def _reference(
         with runtime.autocast():
             return {"reference": reference_logprobs(model, batch.to(runtime.device), chunk)}
 
-    key = _key("reference", materials, "model", dtype=str(runtime.dtype))
+    key = _key("reference", materials, "model")
     fields = {"reference": (np.dtype("<f4"), 0)}
     (val,) = _annotated(materials, [materials.data.val], key, fields, compute)
     train = None if online else _annotated(materials, materials.data.train, key, fields, compute)
@@ -219,13 +219,15 @@ class _News:
 
 def _key(what: str, materials: Materials, source: str, **options: Any) -> str:
     """Name of an annotation: what, by which model, how."""
-    place = materials.ctx.inputs.get(source)
-    if place is None:  # fresh weights: they follow from the shape and the seed
-        origin = json.dumps([asdict(materials.model.shape), materials.ctx.seed], default=str)
-    else:
-        origin = hash_directory(place, materials.ctx.run_dir / "hashes.json")
-    lora = materials.stage.adapter.model_dump() if materials.stage.adapter and what == "reference" else None
-    text = json.dumps([origin, lora, options], sort_keys=True, default=str)
+    place, stage = materials.ctx.inputs.get(source), materials.stage
+    seed, memo = materials.ctx.seed, materials.ctx.run_dir / "hashes.json"
+    origin = f"seed {seed}" if place is None else hash_directory(place, memo)
+    own: Any = None
+    if what == "reference":  # overrides such as rope_theta make another model of the same files
+        lora = stage.adapter.model_dump() if stage.adapter else None
+        own = [asdict(materials.model.shape), lora]
+    options["dtype"] = str(materials.runtime.dtype)
+    text = json.dumps([origin, own, options], sort_keys=True, default=str)
     return f"{what}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
