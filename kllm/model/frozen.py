@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kllm.model.quantize import int4_groups, int8_rows, unpack_int4
+from kllm.model.quantize import INT4_GROUP, int4_groups, int8_rows, unpack_int4
 
-BASES = ("none", "int8", "int4")
+BASES = {"none": 4.0, "int8": 1.0, "int4": 0.5 + 8 / INT4_GROUP}
+"""Kinds of frozen weights with the bytes of one weight (of int4 with scale and low of its group)."""
 
 
 def freeze(weight: Tensor, base: str) -> tuple[Tensor, ...]:

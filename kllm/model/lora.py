@@ -41,6 +41,7 @@ __all__ = [
     "lora_pairs",
     "lora_parameters",
     "lora_state",
+    "lora_targets",
     "merge_lora",
     "plain_model",
 ]
@@ -117,6 +118,28 @@ def find_targets(model: Transformer, targets: tuple[str, ...]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
+def lora_targets(model: Transformer, config: LoraConfig) -> dict[str, torch.Size]:
+    """The modules that `add_lora` adapts, with the shapes [..., N, K] of their weights.
+
+    Args:
+        model: without adapters; on the device "meta" no more than a shape is needed.
+
+    Raises:
+        UserError: a target that matches nothing, a rank that PiSSA cannot take.
+    """
+    places, found = _places(model), {}
+    for name in find_targets(model, config.targets):
+        place = places[name]
+        weight = place.weight if isinstance(place, nn.Linear) else place
+        assert isinstance(weight, Tensor)
+        if config.init == "pissa" and config.rank > min(weight.shape[-2:]):
+            size = " x ".join(map(str, weight.shape[-2:]))
+            message = f"{name} is {size}: it has no {config.rank} singular values"
+            raise UserError(message, "lora.rank", "a lower rank")
+        found[name] = weight.shape
+    return found
+
+
 def _matches(target: str, name: str) -> bool:
     group = _group(name)
     if target in GROUPS:
@@ -158,10 +181,7 @@ def add_lora(model: Transformer, config: LoraConfig, seed: int) -> list[str]:
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("the model has adapters already")
-    places, names = _places(model), find_targets(model, config.targets)
-    if config.init == "pissa":
-        for name in names:
-            _check_pissa(name, places[name], config.rank)
+    places, names = _places(model), list(lora_targets(model, config))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     stacks: dict[str, dict[str, FrozenStack]] = {}
@@ -181,14 +201,6 @@ def add_lora(model: Transformer, config: LoraConfig, seed: int) -> list[str]:
             model.set_submodule(parent, LoraExperts(parts))
     model.train(model.training)  # the new layers too
     return names
-
-
-def _check_pissa(name: str, place: nn.Module | nn.Parameter, rank: int) -> None:
-    weight = place.weight if isinstance(place, nn.Linear) else place
-    assert isinstance(weight, Tensor)
-    if rank > min(weight.shape[-2:]):
-        size = " x ".join(map(str, weight.shape[-2:]))
-        raise UserError(f"{name} is {size}: it has no {rank} singular values", "lora.rank", "a lower rank")
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLayer]:

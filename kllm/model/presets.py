@@ -187,16 +187,24 @@ def active_parameters(shape: ModelShape) -> int:
     return sum(parts.values()) - idle
 
 
-def flops_per_token(shape: ModelShape, seq_len: int = 0, training: bool = True) -> float:
+def flops_per_token(
+    shape: ModelShape, seq_len: int = 0, training: bool = True, adapter: int | None = None
+) -> float:
     """Floating-point operations per token: 2 per weight touched and per attention product.
 
     Matrix products only (the embedding look-up costs none, the head does); causal attention at
-    context `seq_len` averages seq_len / 2 keys. Training is 3x the forward (PaLM, appendix B).
+    context `seq_len` averages seq_len / 2 keys. Training is 3x the forward (PaLM, appendix B);
+    of frozen weights 2x, for they get no gradient.
+
+    Args:
+        adapter: parameters of the adapter that work on one token, where it alone is trained.
     """
     weights = active_parameters(shape) - parameters_by_part(shape)["norms"]
     if not shape.tie_word_embeddings:
         weights -= shape.vocab_size * shape.hidden_size
     attention = 2 * shape.num_hidden_layers * shape.q_size * seq_len / 2
+    if training and adapter is not None:
+        return 2 * (2 * weights + 3 * (attention + adapter))
     return (3 if training else 1) * 2 * (weights + attention)
 
 

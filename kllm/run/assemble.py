@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kllm.config.align import LoraSection
 from kllm.config.parts import ModelSection
@@ -21,13 +22,15 @@ from kllm.data.shards import Prepared, prepare
 from kllm.errors import UserError
 from kllm.export import tokenizers
 from kllm.export.load import load_model
-from kllm.model.lora import LoraConfig, add_lora
+from kllm.model.frozen import BASES
+from kllm.model.lora import LoraConfig, add_lora, lora_targets
 from kllm.model.presets import ModelShape
 from kllm.model.prune import student_from
 from kllm.model.transformer import Transformer
 from kllm.observe.reporting import Reporter
 from kllm.run.context import StageContext
 from kllm.run.shapes import (
+    AdapterSize,
     check_positions,
     check_vocabulary,
     fresh_shape,
@@ -101,6 +104,23 @@ def lora_config(section: LoraSection) -> LoraConfig:
         init=section.init,
         base=section.base,
     )
+
+
+def planned_adapter(section: LoraSection, shape: ModelShape) -> AdapterSize:
+    """What an adapter of a model of this shape trains, before any weight exists.
+
+    Raises:
+        UserError: a target that matches nothing, a rank that PiSSA cannot take.
+    """
+    config = lora_config(section)
+    with torch.device("meta"):
+        targets = lora_targets(Transformer(shape), config)
+    trained = active = 0
+    for *stack, outputs, inputs in targets.values():
+        one = config.rank * (outputs + inputs) + (outputs if config.use_dora else 0)
+        trained += one * (stack[0] if stack else 1)
+        active += one * (shape.num_experts_per_tok if stack else 1)
+    return AdapterSize(trained, active, BASES[config.base])
 
 
 def with_overrides(shape: ModelShape, section: ModelSection) -> ModelShape:

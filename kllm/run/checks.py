@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from kllm.config.align import LoraSection
 from kllm.config.load import Loaded
 from kllm.config.recipe import Recipe
 from kllm.config.stages import EvalStage, ExportStage, TrainingStage
@@ -13,7 +14,7 @@ from kllm.data import hub
 from kllm.data.sources import expand, is_builtin
 from kllm.errors import UserError, UserErrors
 from kllm.eval.names import check_task
-from kllm.model.presets import get_preset, gguf_arch
+from kllm.model.presets import ModelShape, get_preset, gguf_arch
 from kllm.observe.sinks import check_sinks
 from kllm.run.fingerprint import data_paths, templates
 from kllm.run.inputs import Input, find_inputs
@@ -74,7 +75,9 @@ def stage_errors(loaded: Loaded, run: RunDir, name: str) -> list[UserError]:
         attempt("train.batch_tokens", lambda: _check_processes(recipe, stage))
         preset_ok = attempt("model.preset", lambda: get_preset(stage.model.preset or "k-small"))
         if inputs is not None and preset_ok is not None:
-            attempt("model", lambda: _check_shape(recipe, stage, inputs))
+            shape = attempt("model", lambda: _check_shape(recipe, stage, inputs))
+            if stage.adapter is not None and shape is not None:
+                attempt("lora", lambda: _check_adapter(stage.adapter, shape))
     return errors
 
 
@@ -135,16 +138,28 @@ def _check_export(recipe: Recipe, stage: ExportStage, inputs: dict[str, Input]) 
             raise UserError(f"{stage.quant} needs widths in multiples of 32, and {odd[0]} is none")
 
 
-def _check_shape(recipe: Recipe, stage: TrainingStage, inputs: dict[str, Input]) -> None:
-    """The exact Hugging Face target, the positions, and the vocabulary of what exists already."""
+def _check_adapter(section: LoraSection, shape: ModelShape) -> None:
+    """Targets that the model has, and a rank that they can take."""
+    from kllm.run.assemble import planned_adapter  # torch: only where an adapter is trained
+
+    planned_adapter(section, shape)
+
+
+def _check_shape(recipe: Recipe, stage: TrainingStage, inputs: dict[str, Input]) -> ModelShape | None:
+    """The exact Hugging Face target, the positions, and the vocabulary of what exists already.
+
+    Returns:
+        The shape; None while it cannot be known.
+    """
     model = inputs["model"].directory if "model" in inputs else None
     tokenizer = inputs["tokenizer"].directory if "tokenizer" in inputs else None
     shape = planned_shape(recipe, stage.name, model, tokenizer)
     if shape is None:
-        return
+        return None
     if stage.model.max_position_embeddings:
         shape = shape.with_(max_position_embeddings=stage.model.max_position_embeddings)
     check_positions(shape, stage.dataset.seq_len)
     vocab = vocab_of_directory(tokenizer) if tokenizer else None
     if model is not None and vocab is not None:
         check_vocabulary(vocab, shape)
+    return shape

@@ -274,7 +274,7 @@ def _single(job: _Job, stage_name: str, fresh: bool) -> int:
     for name in _with_tokenizer(recipe, stage_name):
         decision = job.decide(name)
         if decision.action == "rerun" or (fresh and name == stage_name and decision.state != "pending"):
-            if not fresh:
+            if not fresh and not _kept_nothing(decision, run):
                 raise _changed(decision, run)
             aside = run.retire(decision.dirname)
             job.reporter.message(f"the older {name} is now {aside}")
@@ -295,6 +295,12 @@ def _single(job: _Job, stage_name: str, fresh: bool) -> int:
     if prepared:
         report.write_report(run, recipe)
     return EXIT_OK
+
+
+def _kept_nothing(decision: Decision, run: RunDir) -> bool:
+    """The stage was stopped before there was anything to continue, so other settings lose nothing."""
+    kept = {p.name for p in (run.path / decision.dirname).iterdir()}
+    return decision.state != "done" and kept <= {"status.json", "log.txt", "metrics.jsonl"}
 
 
 def _changed(decision: Decision, run: RunDir) -> UserError:

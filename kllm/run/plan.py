@@ -22,7 +22,7 @@ from kllm.run import checks, speeds
 from kllm.run.decide import Decision, decide
 from kllm.run.inputs import producers
 from kllm.run.rundir import RunDir
-from kllm.run.shapes import Memory, planned_shape, steps_and_tokens, training_memory
+from kllm.run.shapes import AdapterSize, Memory, planned_shape, steps_and_tokens, training_memory
 
 BYTES_PER_TOKEN = 3.5
 """Rough size of a token in UTF-8 bytes, for data that was never tokenised."""
@@ -78,7 +78,9 @@ def _stage_plan(loaded: Loaded, run: RunDir, decision: Decision) -> StagePlan:
     guessed = guessed and stage.train.steps is None and stage.train.tokens is None
     if shape is None:
         return StagePlan(decision, kind, steps=steps, tokens=tokens, guessed=guessed)
-    flops = flops_per_token(shape, stage.dataset.seq_len) * tokens if tokens else None
+    adapter = _adapter_size(stage, shape)
+    each = flops_per_token(shape, stage.dataset.seq_len, adapter=adapter.active if adapter else None)
+    flops = each * tokens if tokens else None
     speed = speeds.recall(run.path, recipe.device, recipe.nproc)
     return StagePlan(
         decision,
@@ -88,12 +90,22 @@ def _stage_plan(loaded: Loaded, run: RunDir, decision: Decision) -> StagePlan:
         tokens=tokens,
         guessed=guessed,
         flops=flops,
-        memory=stage_memory(stage, shape, recipe.device),
+        memory=stage_memory(stage, shape, recipe.device, adapter),
         seconds=flops / speed["flops_s"] if flops and speed else None,
     )
 
 
-def stage_memory(stage: TrainingStage, shape: ModelShape, device: str) -> Memory:
+def _adapter_size(stage: TrainingStage, shape: ModelShape) -> AdapterSize | None:
+    if stage.adapter is None:
+        return None
+    from kllm.run.assemble import planned_adapter  # torch: only where an adapter is trained
+
+    return planned_adapter(stage.adapter, shape)
+
+
+def stage_memory(
+    stage: TrainingStage, shape: ModelShape, device: str, adapter: AdapterSize | None = None
+) -> Memory:
     """Memory of one process; half-size activations where the forward pass is in bfloat16."""
     half = stage.train.dtype == "bfloat16" or (stage.train.dtype == "auto" and device.startswith("cuda"))
     rows = max(1, stage.train.micro_batch_tokens // stage.row_tokens)
@@ -104,6 +116,7 @@ def stage_memory(stage: TrainingStage, shape: ModelShape, device: str) -> Memory
         activation_bytes=2 if half else 4,
         checkpointing=stage.train.activation_checkpointing,
         loss_chunk=stage.train.loss_chunk,
+        adapter=adapter,
     )
 
 

@@ -174,6 +174,16 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+@dataclass(frozen=True)
+class AdapterSize:
+    """Parameters of an adapter: all that are trained, and those that work on one token; bytes that a weight
+    of the frozen matrices takes."""
+
+    trained: int
+    active: int
+    base_bytes: float
+
+
 def training_memory(
     shape: ModelShape,
     micro_tokens: int,
@@ -182,8 +192,11 @@ def training_memory(
     activation_bytes: int = 4,
     checkpointing: bool = False,
     loss_chunk: int = 1024,
+    adapter: AdapterSize | None = None,
 ) -> Memory:
     """Estimate of what training holds: float32 weights, gradients and moments; saved activations.
+
+    With an adapter it alone has gradients and moments, and the matrices may be rounded.
 
     Per token and layer the backward pass needs: the residual and its norm, twice (4 H); q, k, v and
     the rotated q, k (2 q + 3 kv); the attention's output (q); gate, up, SiLU and product (4 I) of each
@@ -193,7 +206,11 @@ def training_memory(
     n = count_parameters(shape)
     parts = parameters_by_part(shape)
     matrices = sum(parts.get(k, 0) for k in ("attention", "mlp", "experts", "shared experts"))
-    moments = 4 * matrices + 8 * (n - matrices) if optimizer == "muon" else 8 * n
+    weights, trained = 4 * n, n
+    if adapter is not None:
+        weights += 4 * adapter.trained - round((4 - adapter.base_bytes) * matrices)
+        trained = matrices = adapter.trained
+    moments = 8 * trained - (4 * matrices if optimizer == "muon" else 0)
     width = shape.intermediate_size
     if shape.is_moe:
         width = shape.num_experts_per_tok * shape.moe_intermediate_size + shape.shared_size
@@ -201,4 +218,4 @@ def training_memory(
     layers = shape.num_hidden_layers
     floats = shape.hidden_size * layers + layer if checkpointing else layer * layers
     logits = 2 * 4 * min(loss_chunk, micro_tokens) * shape.vocab_size
-    return Memory(4 * n, 4 * n, moments, micro_tokens * floats * activation_bytes + logits)
+    return Memory(weights, 4 * trained, moments, micro_tokens * floats * activation_bytes + logits)

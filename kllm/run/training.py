@@ -22,7 +22,7 @@ from kllm.objectives.preference_eval import collapse_warning
 from kllm.observe.metrics import mfu
 from kllm.observe.sinks import make_sinks
 from kllm.optim.build import OptimConfig, build_optimizer, lr_scale
-from kllm.run.assemble import build_model, load_tokenizer, plan_sizes, prepare_data
+from kllm.run.assemble import build_model, load_tokenizer, plan_sizes, planned_adapter, prepare_data
 from kllm.run.blackbox import collected
 from kllm.run.context import StageContext
 from kllm.run.hooks import EvaluateHook, SampleHook, SaveHook
@@ -60,7 +60,7 @@ class TrainingRun:
         self.optimizers = build_optimizer(
             self._named_parameters(), self.optim, stage.adapter.lr_ratio if stage.adapter else 1.0
         )
-        self.flops = flops_per_token(self.model.shape, self._context_length())
+        self.flops = self._flops()
         self.peak = peak_flops(self.runtime)
         self.state, self.meters = TrainState(steps=self.sizes.steps), Meters()
         self.sinks = make_sinks(
@@ -82,6 +82,12 @@ class TrainingRun:
         yield from self.model.named_parameters()
         if isinstance(self.objective, nn.Module):
             yield from self.objective.named_parameters()
+
+    def _flops(self) -> float:
+        """Of one token in training."""
+        shape, section = self.model.shape, self.stage.adapter
+        active = planned_adapter(section, shape).active if section else None
+        return flops_per_token(shape, self._context_length(), adapter=active)
 
     def _context_length(self) -> int:
         """Mean number of tokens that attention spans: a document, at most a row."""

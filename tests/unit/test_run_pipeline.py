@@ -215,6 +215,27 @@ def test_a_single_stage_refuses_other_settings_and_shows_them(work: FakeWork, tm
     assert (tmp_path / "runs" / "small" / "old" / "02-pretrain.old-1").is_dir()
 
 
+def test_a_single_stage_that_kept_nothing_starts_anew(work: FakeWork, tmp_path: Path) -> None:
+    """A mistake that only the start could find does not lock the folder; a checkpoint does."""
+
+    def fail(ctx: StageContext) -> None:
+        if ctx.name == "pretrain":
+            raise KllmError("too large")
+
+    work.before = fail
+    for lr in ("1e-2", "2e-2"):
+        with pytest.raises(KllmError, match="too large"):
+            stage(tmp_path, "pretrain", f"pretrain.optim.lr={lr}")
+    folder = tmp_path / "runs" / "small"
+    assert (folder / "old" / "02-pretrain.old-1" / "status.json").exists()
+    (folder / "02-pretrain" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="an unfinished run exists with other settings"):
+        stage(tmp_path, "pretrain", "pretrain.optim.lr=3e-2")
+    (folder / "02-pretrain" / "checkpoints").rmdir()
+    work.before = lambda ctx: None
+    assert stage(tmp_path, "pretrain", "pretrain.optim.lr=3e-2") == 0
+
+
 def test_a_single_stage_says_when_it_is_finished(
     work: FakeWork,
     tmp_path: Path,

@@ -12,7 +12,7 @@ import pytest
 from run_support import FakeWork, load, write_recipe
 
 from kllm.errors import UserError
-from kllm.model.presets import PRESETS, count_parameters, flops_per_token
+from kllm.model.presets import PRESETS, count_parameters, flops_per_token, parameters_by_part
 from kllm.run import info, plan, speeds
 from kllm.run.listing import describe, find_runs
 from kllm.run.pipeline import run_recipe
@@ -148,6 +148,58 @@ def test_memory_parts_are_exact_where_they_can_be() -> None:
     assert training_memory(shape, 8192).activations > 1.5 * memory.activations
     assert training_memory(shape, 4096, checkpointing=True).activations < 0.3 * memory.activations
     assert training_memory(shape, 4096, optimizer="muon").optimizer < memory.optimizer
+
+
+ADAPTER = ("sft.lora.rank=4", "sft.lora.base=int4")
+
+
+def test_an_adapter_is_checked_before_it_is_trained(tmp_path: Path) -> None:
+    for override, words in (
+        ("sft.lora.targets=[q_porj]", "'q_porj' matches no layer"),
+        ("sft.lora.targets=[experts]", "'experts' matches no layer"),
+        ("sft.lora.rank=129,sft.lora.init=pissa", "k_proj is 128 x 256: it has no 129 singular values"),
+    ):
+        loaded = load(tmp_path, *ADAPTER, *override.split(","))
+        with pytest.raises(UserError, match=words):
+            plan.make_plan(loaded, RunDir(tmp_path / "run"), ["tokenizer", "pretrain", "sft"], [])
+
+
+def test_the_plan_counts_an_adapter_alone(tmp_path: Path) -> None:
+    """Its gradients and moments, the base at its width, no gradient of a frozen weight."""
+    loaded = load(tmp_path, *ADAPTER)
+    shape = PRESETS["k-tiny"].with_(vocab_size=400)
+    n, parts = count_parameters(shape), parameters_by_part(shape)
+    *_, found = plan.make_plan(loaded, RunDir(tmp_path / "run"), ["tokenizer", "pretrain", "sft"], [])
+    trained = 4 * 4 * (2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + shape.intermediate_size))
+    matrices = parts["attention"] + parts["mlp"]
+    assert found.memory is not None and found.flops is not None and found.tokens is not None
+    assert (found.memory.gradients, found.memory.optimizer) == (4 * trained, 8 * trained)
+    assert found.memory.weights == 4 * (n - matrices + trained) + 0.75 * matrices
+    whole, weights = flops_per_token(shape, 1024), flops_per_token(shape) / 6
+    assert found.flops / found.tokens == pytest.approx(whole - 2 * weights + 6 * trained)
+
+
+def test_a_planned_adapter_is_the_one_that_is_trained() -> None:
+    from kllm.config.align import LoraOnSection
+    from kllm.model.lora import add_lora, lora_parameters
+    from kllm.model.transformer import Transformer
+    from kllm.run.assemble import lora_config, planned_adapter
+
+    shape = PRESETS["k-moe"].with_(
+        hidden_size=32, num_hidden_layers=2, vocab_size=50, moe_intermediate_size=16
+    )
+    section = LoraOnSection(rank=3, targets=["all", "experts", "router"], use_dora=True, base="int8")
+    model = Transformer(shape)
+    add_lora(model, lora_config(section), 0)
+    planned = planned_adapter(section, shape)
+    assert planned.trained == sum(p.numel() for p in lora_parameters(model).values())
+    experts = sum(p.numel() for n, p in lora_parameters(model).items() if ".experts." in n)
+    idle = shape.num_experts - shape.num_experts_per_tok
+    assert planned.active == planned.trained - experts * idle // shape.num_experts
+    frozen = [m for n, m in model.named_modules() if n.endswith("q_proj.base")]
+    stored = sum(t.numel() * t.element_size() for m in frozen for t in m.parts())
+    weights = sum(m.shape.numel() for m in frozen)
+    assert planned.base_bytes * weights == pytest.approx(stored, rel=0.15)  # and a scale for every row
 
 
 def test_vocabulary_is_read_without_the_tokenizer(tmp_path: Path) -> None:
