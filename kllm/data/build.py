@@ -32,6 +32,8 @@ from kllm.tokenizer.tokenizer import Tokenizer
 BATCH_DOCS = 1000
 BATCH_CHARS = 1_000_000  # the tokenizer needs about 200 bytes for each
 KEPT_BAD_ROWS = 100
+READERS = {"preference": 2, "rated": 2}
+"""Raised by hand when rows of a kind are read otherwise: shards of the older reading are built anew."""
 _MIN_DOCS_FOR_VAL = 10
 
 
@@ -61,6 +63,8 @@ def build(
     parts = {"format": FORMAT, "data": data, "tokenizer": tokenizer.fingerprint, **asdict(options)}
     if parts["chat"] is not None:  # what is not asked for leaves the keys of older shards as they were
         parts["chat"] = {name: value for name, value in parts["chat"].items() if value is not None}
+    if options.kind in READERS:
+        parts["reader"] = READERS[options.kind]
     key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = cache_dir / f"{options.kind}-{key}"
     bad = BadRows(source, max_bad_rows)

@@ -21,7 +21,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kllm.data.messages import BadRow, Message, read_messages, read_tools
+from kllm.data.messages import (
+    BadRow,
+    Message,
+    instruction_prompt,
+    read_messages,
+    read_text,
+    read_tools,
+    system_first,
+)
 from kllm.data.pairs import read_preference
 from kllm.data.readers import TextChunk
 
@@ -237,10 +245,7 @@ def _turns(obj: Any) -> tuple[list[Message], list[Any] | None]:
         return read_messages(obj)
     raw = next(obj[key] for key in CONTAINERS if isinstance(obj.get(key), list))
     messages, tools = read_messages(raw)
-    system = obj.get("system")
-    if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages, _own_tools(obj) or tools
+    return system_first(messages, obj), _own_tools(obj) or tools
 
 
 def _own_tools(obj: dict[str, Any]) -> list[Any] | None:
@@ -251,33 +256,9 @@ def _conversation(obj: Any) -> ChatRecord:
     return _chat(*_turns(obj))
 
 
-def _string(obj: dict[str, Any], key: str, *, empty: bool = False) -> str:
-    value = obj.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise BadRow(f"{key} is not text")
-    if not value.strip() and not empty:
-        raise BadRow(f"{key} is empty")
-    return value
-
-
 def _instruction(obj: dict[str, Any], extra: str, answer: str) -> ChatRecord:
-    messages: list[Message] = []
-    if isinstance(obj.get("system"), str) and obj["system"].strip():
-        messages.append({"role": "system", "content": obj["system"]})
-    for pair in obj.get("history") or []:
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
-            raise BadRow("history is not a list of [question, answer] pairs")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    context = _string({extra: obj.get(extra) or ""}, extra, empty=True)
-    parts = [_string(obj, "instruction", empty=True), context]
-    prompt = "\n".join(part for part in parts if part.strip())
-    if not prompt:
-        raise BadRow("instruction is empty")
-    messages.append({"role": "user", "content": prompt})
-    messages.append({"role": "assistant", "content": _string(obj, answer)})
-    return _chat(read_messages(messages)[0], _own_tools(obj))
+    said = {"role": "assistant", "content": read_text(obj, answer)}
+    return _chat(instruction_prompt(obj, extra) + read_messages([said])[0], _own_tools(obj))
 
 
 def _completion(obj: dict[str, Any]) -> ChatRecord:
@@ -292,7 +273,7 @@ def _prompt_and(
     if isinstance(answer, list):
         raw = answer
     else:
-        raw = [{"role": "assistant", "content": _string({name: answer}, name)}]
+        raw = [{"role": "assistant", "content": read_text({name: answer}, name)}]
     return messages + read_messages(raw)[0], tools
 
 
@@ -301,11 +282,8 @@ def _prompt(obj: dict[str, Any], key: str) -> tuple[list[Message], list[Any] | N
     if isinstance(value, list):
         messages, tools = read_messages(value)
     else:
-        messages = [{"role": "user", "content": _string(obj, key)}]
-    system = obj.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages, _own_tools(obj) or tools
+        messages = [{"role": "user", "content": read_text(obj, key)}]
+    return system_first(messages, obj), _own_tools(obj) or tools
 
 
 def _question_key(obj: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
     "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
+SYSTEM_KEYS = ("system", "system_prompt")
 _THINK, _UNTHINK = "<think>\n", "\n</think>\n\n"
 
 Message = dict[str, Any]
@@ -58,6 +59,51 @@ def read_tools(raw: Any) -> list[Any] | None:
     if not isinstance(raw, list):
         raise BadRow(f"tools is {_kind(raw)}, not a list")
     return [_tool(item) for item in raw]
+
+
+def system_first(messages: list[Message], obj: dict[str, Any]) -> list[Message]:
+    """The messages behind the system prompt that stands beside them in the record, if they have none."""
+    given = (obj.get(key) for key in SYSTEM_KEYS)
+    system = next((text for text in given if isinstance(text, str) and text.strip()), None)
+    if system is None or not messages or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def instruction_prompt(obj: dict[str, Any], extra: str = "input") -> list[Message]:
+    """The prompt of an Alpaca record: earlier turns, then the instruction with what it is about.
+
+    Raises:
+        BadRow: no instruction, or a history that is none.
+    """
+    messages: list[Message] = []
+    for pair in obj.get("history") or []:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
+            raise BadRow("history is not a list of [question, answer] pairs")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    parts = [read_text(obj, "instruction", empty=True)]
+    if obj.get(extra):
+        parts.append(read_text(obj, extra, empty=True))
+    asked = "\n".join(part for part in parts if part.strip())
+    if not asked:
+        raise BadRow("instruction is empty")
+    return system_first(read_messages([*messages, {"role": "user", "content": asked}])[0], obj)
+
+
+def read_text(obj: dict[str, Any], key: str, *, empty: bool = False) -> str:
+    """A field that is text, or a number as text.
+
+    Raises:
+        BadRow: it is something else, or, unless it may be, empty.
+    """
+    value = obj.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise BadRow(f"{key} is not text")
+    if not value.strip() and not empty:
+        raise BadRow(f"{key} is empty")
+    return value
 
 
 def split_reasoning(content: str) -> tuple[str | None, str]:

@@ -204,6 +204,12 @@ PAIR = PreferenceRecord([U], [A], [{"role": "assistant", "content": "go away"}])
          "rejected": {"from": "gpt", "value": "go away"}},
         {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"},
         {"question": "hi", "chosen": "hello", "rejected": "go away"},
+        {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " hello", "rejected": " go away"},
+        {"chosen": "Human: hi\n\nAssistant: hello", "rejected": "Human: hi\n\nAssistant: go away"},
+        {"chosen": "\r\n\r\nHuman: hi\r\n\r\nAssistant: hello",
+         "rejected": "\r\n\r\nHuman: hi\r\n\r\nAssistant: go away"},
+        {"messages": [U, A], "chosen": "hello", "rejected": "go away"},
+        {"messages": [U, A], "chosen": [U, A], "rejected": [U, {"role": "assistant", "content": "go away"}]},
     ],
 )  # fmt: skip
 def test_preference_pairs_in_every_spelling(row: Any) -> None:
@@ -211,9 +217,49 @@ def test_preference_pairs_in_every_spelling(row: Any) -> None:
     assert normalise(row, "preference") == PAIR
 
 
+S, Q = {"role": "system", "content": "be kind"}, {"role": "user", "content": "and you?"}
+BAD = {"role": "assistant", "content": "go away"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"system": "be kind", "prompt": "hi"}, [S, U]),
+        ({"system_prompt": "be kind", "prompt": "hi"}, [S, U]),
+        ({"prompt": [S, U]}, [S, U]),
+        ({"prompt": [S], "chosen": [U, A], "rejected": [U, BAD]}, [S, U]),
+        ({"system": "be kind", "prompt": "hi", "chosen": [U, A], "rejected": [U, BAD]}, [S, U]),
+        ({"prompt": [S, U], "chosen": [U, A], "rejected": [U, BAD]}, [S, U]),
+        ({"prompt": [U], "chosen": [S, U, A], "rejected": [S, U, BAD]}, [S, U]),
+        ({"prompt": [U, A, Q], "chosen": [Q, A], "rejected": [Q, BAD]}, [U, A, Q]),
+        ({"prompt": [U, A], "chosen": [Q, A], "rejected": [Q, BAD]}, [U, A, Q]),
+        ({"prompt": [S, U], "chosen": [U, A, Q, A], "rejected": [U, A, Q, BAD]}, [S, U, A, Q]),
+        ({"prompt": "and you? ", "chosen": [U, A, Q, A], "rejected": [U, A, Q, BAD]}, [U, A, Q]),
+        ({"instruction": "and", "input": "you?", "history": [["hi", "hello"]], "system": "be kind"},
+         [S, U, A, {"role": "user", "content": "and\nyou?"}]),
+    ],
+)  # fmt: skip
+def test_nothing_of_a_pairs_prompt_is_lost(row: Any, prompt: Any) -> None:
+    found = normalise({"chosen": "hello", "rejected": "go away", **row}, "preference")
+    assert found == PreferenceRecord(prompt, [A], [BAD])
+
+
+def test_a_sentence_that_begins_like_a_transcript_is_one() -> None:
+    found = normalise(
+        {"prompt": "Human: a word?", "chosen": "Assistant: yes", "rejected": " no"}, "preference"
+    )
+    assert [m["content"] for m in (*found.prompt, *found.chosen, *found.rejected)] == [
+        "Human: a word?", "Assistant: yes", " no",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        (
+            {"prompt": "something else", "chosen": [U, A], "rejected": [U, BAD]},
+            "begin with other words than the prompt",
+        ),
         ({"prompt": "hi", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
         ({"chosen": "a", "rejected": "b"}, "the pair has no prompt"),
         ({"chosen": [U], "rejected": [U, A]}, "chosen does not end with an answer"),
