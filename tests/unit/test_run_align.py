@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 from chat_support import chat_model
+from collect_fake_server import FakeTeacher, said
 from data_tools import chat, write_jsonl
 
+from kllm.config.align import RolloutSection
 from kllm.config.load import make_recipe
+from kllm.errors import KllmError, UserError, UserErrors
 from kllm.observe.console import QuietReporter
+from kllm.run.collect_journal import Reply
+from kllm.run.collect_prompts import read_prompt
 from kllm.run.context import StageContext
+from kllm.run.judge import judge_of, mark_of
 from kllm.run.training import TrainingRun
 
 SIZES = [
@@ -54,3 +60,97 @@ def test_a_teacher_is_kept_by_the_precision_it_ran_in(lab: Path) -> None:
     kinds = [started(lab, "distill", "distill.top_k=4", f"train.dtype={x}") for x in ("float32", "bfloat16")]
     then, now = (run.source.take(1)[0].extras["teacher_logprobs"] for run in kinds)
     assert (then - now).abs().max() > 0
+
+
+# ---- who marks the answers
+
+ASKED = read_prompt({"prompt": "What is 2 + 2?", "answer": "4"})
+
+
+@pytest.mark.parametrize(
+    ("content", "mark"),
+    [
+        ("7", 7), ("**8.5**", 8.5), ("7/10", 7), ("9 / 10. It has 2 flaws.", 9), ("out of 10 I give 3", 3),
+        ("The mark of 10 is for perfect. I give 3.", 3), ("Score: 3 (out of 10)", 3), ("0-10 scale: 7", 7),
+        ("clear 8/10, right 6/10, in all 7/10", 7), ("<think>\nitem 1 of 2\n</think>\n\n6", 6),
+        ("first 9, but 2\n</think>\n\n6", 6), ("我给7分", 7), ("7分（满分10分）", 7), ("GPT-4 says 10", 10),
+    ],
+)  # fmt: skip
+def test_the_mark_is_the_number_that_is_meant(content: str, mark: float) -> None:
+    assert mark_of(Reply({"content": content}), "judge") == mark
+
+
+@pytest.mark.parametrize(
+    ("content", "finish", "words"),
+    [
+        ("The mark of 10 is for", "length", "is cut"),
+        ("<think>\nLet me see, item 1 of 2", "stop", "thinking never ends"),
+        ("no idea", "stop", "no number: 'no idea'"),
+        ("42", "stop", "42 is not between 0 and 10"),
+        ("-3", "stop", "-3 is not between"),
+    ],
+)
+def test_what_is_no_mark_is_a_failure(content: str, finish: str, words: str) -> None:
+    with pytest.raises(KllmError, match=words):
+        mark_of(Reply({"content": content}, finish), "judge")
+
+
+def test_a_judge_is_asked_not_to_think_where_it_knows_how() -> None:
+    def strict(body: dict[str, Any], before: int) -> Any:
+        unknown = "chat_template_kwargs" in body
+        error = {"error": {"message": "Unrecognized request argument: chat_template_kwargs"}}
+        return (400, error) if unknown else said("5")
+
+    for answer, asked in ((lambda body, before: said("7"), 2), (strict, 4)):
+        with FakeTeacher(answer).listening() as server:
+            marks = judge_of(RolloutSection(reward=server.url))([(ASKED, "4"), (ASKED, "5")])
+        assert marks == ([7, 7] if asked == 2 else [5, 5]) and len(server.asked) == asked
+        assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def fails(messages: Any, text: str, answer: Any) -> Any:
+    raise RuntimeError("boom")
+
+
+def gives_none(messages: Any, text: str, answer: Any) -> Any:
+    return None
+
+
+def gives_nan(messages: Any, text: str, answer: Any) -> float:
+    return float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("fails", "boom"), ("gives_none", "NoneType"), ("gives_nan", "nan is no mark")]
+)
+def test_a_reward_of_ones_own_that_fails_is_said_in_one_line(name: str, words: str) -> None:
+    judge = judge_of(RolloutSection(reward=f"{__name__}:{name}"))
+    with pytest.raises(UserError, match=rf"rollout.reward: {__name__}:{name}: .*{words}"):
+        judge([(ASKED, "4")])
+
+
+def test_a_module_that_cannot_be_loaded_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_reward.py").write_text("1 / 0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="cannot load broken_reward:f: division by zero"):
+        judge_of(RolloutSection(reward="broken_reward:f"))
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (["kind=dpo", "rollout.reward=http://user:s3cret@host/v1"], "OPENAI_API_KEY"),
+        (
+            ["kind=distill", "prompts=p", "from_endpoint=https://host/v1?api_key=s3cret"],
+            "collect.api_key_env",
+        ),
+        (["kind=distill", "prompts=p", "from_endpoint=http://u:s3cret@host"], "collect.api_key_env"),
+    ],
+)
+def test_no_address_holds_a_key(given: list[str], hint: str) -> None:
+    kind, *rest = given
+    with pytest.raises(UserErrors, match=hint) as error:
+        make_recipe(kind.removeprefix("kind="), rest)
+    assert "s3cret" not in str(error.value)
