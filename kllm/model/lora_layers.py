@@ -268,7 +268,10 @@ class LoraStack(LoraLayer, FrozenStack):
         active = self.active()
         if active is None:
             return y
-        a, b = (t.to(x.dtype).transpose(1, 2) for t in active)
+        # grouped_mm takes rows of whole 16 bytes only: the rank is filled up with zeros
+        more = -active[0].shape[1] % 8
+        a, b = F.pad(active[0], (0, 0, 0, more)), F.pad(active[1], (0, more))
+        a, b = (t.to(x.dtype).transpose(1, 2) for t in (a, b))
         low = self.dropped(x)
         inner = F.grouped_mm(x if low is None else low, a, offs=offsets)
         y = y + F.grouped_mm(inner * self.scale, b, offs=offsets)

@@ -72,6 +72,7 @@ def _facts(ctx: StageContext, status: Mapping[str, Any]) -> list[tuple[str, str]
         ("wall time", units.duration(status.get("seconds"))),
         ("hardware", _hardware(status)),
         ("precision", status.get("dtype")),
+        ("adapter", _adapter(status)),
         ("software", ", ".join(f"{k} {v}" for k, v in status.get("versions", {}).items())),
         ("seed", ctx.seed),
         ("finished", status.get("ended")),
@@ -79,6 +80,13 @@ def _facts(ctx: StageContext, status: Mapping[str, Any]) -> list[tuple[str, str]
     for what, given in status.get("inputs", {}).items():
         facts.append((what, f"{given.get('from')} `{given.get('hash')}`"))
     return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _adapter(status: Mapping[str, Any]) -> str | None:
+    """What others than kllm must know of the adapter beside the model."""
+    if names := status.get("adapter_kllm_only"):
+        return f"`adapter/` changes {names} experts or routers: only kllm reads it; it is merged in here"
+    return None
 
 
 def _hardware(status: Mapping[str, Any]) -> str:

@@ -71,6 +71,7 @@ class TrainingRun:
         )
         self.last: dict[str, float] = {}
         self.warned = False
+        self.kllm_only = 0
 
     @property
     def _extra(self) -> list[nn.Parameter]:
@@ -215,7 +216,13 @@ class TrainingRun:
                 model = self._best_model(path)
                 self.ctx.reporter.message(f"final is the best checkpoint, step {best}")
         if is_adapted(model):
-            save_adapter(model, self.ctx.stage_dir / "adapter", base=self._base)
+            names = save_adapter(model, self.ctx.stage_dir / "adapter", base=self._base)
+            self.kllm_only = len(names)
+            if names:
+                self.ctx.reporter.warn(
+                    f"adapter/ changes {len(names)} experts or routers: kllm convert --merge reads it, peft "
+                    "and vLLM do not; give them final/, which has it merged in"
+                )
             model = merge_lora(model)
         save_model(model, self.tokenizer, self.ctx.final_dir)
 
@@ -254,6 +261,7 @@ class TrainingRun:
             "compiled": compiled,
             "processes": self.runtime.world,
             "data": self.data.stats,
+            "adapter_kllm_only": self.kllm_only,
             "best": {"step": self.state.best_step, "val/loss": self.state.best_loss},
         }
 

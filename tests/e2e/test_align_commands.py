@@ -16,7 +16,11 @@ from serve_model import model_dir
 from support import Command, kllm
 
 from kllm.export.adapter import merge_adapters
+from kllm.export.hf import save_model
 from kllm.export.load import load_model
+from kllm.export.tokenizers import load_tokenizer
+from kllm.model.presets import PRESETS
+from kllm.model.transformer import Transformer
 
 SIZES = [
     "--seq-len", "96", "--batch-tokens", "384", "--train.micro_batch_tokens", "192", "--lr", "2e-3",
@@ -113,6 +117,41 @@ def test_an_adapter_and_its_merged_model_are_left(lab: Path) -> None:
     merged, _ = load_model(lab / "merged")
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, final.state_dict()[name], atol=1e-6, rtol=1e-5)
+
+
+def test_who_reads_adapters_of_experts_is_said(lab: Path) -> None:
+    tokenizer = load_tokenizer(model_dir())
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    shape = PRESETS["k-moe"].with_(
+        vocab_size=tokenizer.vocab_size, num_experts=4, moe_intermediate_size=32, **sizes
+    )
+    model = Transformer(shape)
+    model.init_weights(0)
+    save_model(model, tokenizer, lab / "moe")
+    targets = ["--lora.targets", "all", "--lora.targets", "experts", "--rank", "3"]
+    words = [
+        "lora",
+        "--model",
+        "moe",
+        "--data",
+        "chats.jsonl",
+        "--out",
+        "moe-lora",
+        *targets,
+        *SIZES,
+        "--steps",
+        "1",
+    ]
+    result = kllm(*words, cwd=lab)
+    said = "changes 12 experts or routers"
+    assert result.stderr.count(said) == 1 and "give them final/" in result.stderr
+    assert said in (stage(lab / "moe-lora") / "final" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["dpo", "online"])

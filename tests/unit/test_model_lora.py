@@ -170,6 +170,18 @@ def test_gradients_follow_from_those_of_the_merged_weights(name: str, kind: str,
             assert (own - value).abs().max() < 2e-5 * value.abs().max().clamp_min(1), (module_name, part)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_take_any_rank(dtype: torch.dtype) -> None:
+    """Products of stacks want rows of whole 16 bytes."""
+    model = adapted("qwen2-moe-shared", rank=3)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        ours, wanted = hidden(model), hidden(merge_lora(model))
+        torch.testing.assert_close(ours, wanted, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-5)
+        found = gradients(model)
+    experts = [grad for name, grad in found.items() if ".experts." in name]
+    assert len(experts) == 2 * 2 * 3 and all(grad.any() for grad in experts)
+
+
 @pytest.mark.parametrize("base", ["none", "int8", "int4"])
 @pytest.mark.parametrize("first", [False, True], ids=["", "first layer"])
 def test_many_rows_are_multiplied_otherwise_with_the_same_result(
