@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kllm.config.base import (
     Float,
@@ -16,8 +16,12 @@ from kllm.config.base import (
     Section,
     StrList,
     as_list,
+    without_key,
 )
 from kllm.config.parts import DataSource, OptimSection, TrainSection
+
+JUDGE_KEY = "OPENAI_API_KEY"
+"""Environment variable with the key of a judge at an URL."""
 
 
 class LoraSection(Section):
@@ -118,6 +122,11 @@ class RolloutSection(Section):
     """Temperature of the answers."""
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Keep the likeliest tokens that together reach this probability."""
+
+    @field_validator("reward")
+    @classmethod
+    def _no_key_in_the_address(cls, value: str) -> str:
+        return without_key(value, f"the environment variable {JUDGE_KEY}")
 
 
 class DpoTrainSection(TrainSection):

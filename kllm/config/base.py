@@ -158,6 +158,17 @@ def parse_float(value: Any) -> Any:
     return value
 
 
+def without_key(address: str, instead: str) -> str:
+    """An address that may be stored, logged and published with the run; what is no URL stays as it is.
+
+    Raises:
+        ValueError: an URL with a user, a password or a query. The text does not repeat it.
+    """
+    if address.startswith(("http://", "https://")) and any(sign in address for sign in "@?#"):
+        raise ValueError(f"an address without a password or a query is wanted; a key belongs into {instead}")
+    return address
+
+
 def as_list(value: Any) -> Any:
     """One item stands for a list of one, so that `data: corpus.jsonl` needs no brackets."""
     return value if value is None or isinstance(value, (list, tuple)) else [value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kllm.config.align import (
     CollectSection,
@@ -19,7 +19,7 @@ from kllm.config.align import (
     RolloutSection,
     TeacherRef,
 )
-from kllm.config.base import Bytes, NotNegative, Positive, Section, StageName, StrList, as_list
+from kllm.config.base import Bytes, NotNegative, Positive, Section, StageName, StrList, as_list, without_key
 from kllm.config.parts import (
     DataList,
     DatasetSection,
@@ -241,6 +241,11 @@ class DistillStage(TuningStage):
     distill: DistillSection = Field(default_factory=DistillSection)
     collect: CollectSection = Field(default_factory=CollectSection)
     rollout: RolloutSection = Field(default_factory=RolloutSection)
+
+    @field_validator("from_endpoint")
+    @classmethod
+    def _no_key_in_the_address(cls, value: str | None) -> str | None:
+        return value and without_key(value, "the environment variable that collect.api_key_env names")
 
     @model_validator(mode="after")
     def _one_start_and_teacher(self) -> DistillStage:

@@ -29,6 +29,7 @@ _AGAIN = frozenset((408, 409, 425, 429))
 _SPENT = ("insufficient_quota", "insufficient_user_quota", "billing_hard_limit_reached", "arrearage")
 _UNFINISHED = ("error", "abort", "cancelled", "insufficient_system_resource")
 _PROBE_TRIES = 3
+_LONG_KEY = 8  # characters; what a server without keys is given ("EMPTY", "none") may be a word of an answer
 
 
 class Refused(Exception):
@@ -93,7 +94,7 @@ class RemoteTeacher:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._target = _api(Target.parse(url, key, where="endpoint"))
-        self._key_name, self._sampling, self._say = key_name, sampling, say
+        self._key_name, self.sampling, self._say = key_name, sampling, say
         self._retries, self._backoff, self._timeout = retries, backoff, timeout
         self.model = model or ""
         self.retried = 0
@@ -126,7 +127,7 @@ class RemoteTeacher:
             body["tools"] = list(tools)
         if seed is not None:
             body["seed"] = seed
-        body |= self._sampling.fields()
+        body |= self.sampling.fields()
         for attempt in range(self._retries + 1):
             await self._hold()
             try:
@@ -143,9 +144,7 @@ class RemoteTeacher:
 
     async def _once(self, body: dict[str, Any]) -> Reply:
         try:
-            status, headers, raw = await request(
-                self._target, "POST", "/chat/completions", body, self._timeout
-            )
+            status, headers, raw = await self._request("POST", "/chat/completions", body, self._timeout)
         except NoAnswer as error:
             if error.final and not self._answered:
                 raise
@@ -154,6 +153,17 @@ class RemoteTeacher:
             return _reply(raw)
         self._judge(status, raw)
         raise _Trouble(f"http {status}", _error(raw)[0], _retry_after(headers))
+
+    async def _request(
+        self, method: str, path: str, body: Any, timeout: float
+    ) -> tuple[int, dict[str, str], bytes]:
+        """See `request`. Some servers say the key again: what they say is shown, logged and published."""
+        status, headers, raw = await request(self._target, method, path, body, timeout)
+        key = self._target.key
+        if key and (status != 200 or len(key) >= _LONG_KEY):
+            for form in (key, json.dumps(key)[1:-1]):
+                raw = raw.replace(form.encode(), b"***")
+        return status, headers, raw
 
     def _judge(self, status: int, raw: bytes) -> None:
         """Raises for what asking again does not help."""
@@ -197,7 +207,7 @@ class RemoteTeacher:
     async def _listed(self) -> list[str]:
         """The models that the server names; [] if it does not say."""
         for attempt in range(_PROBE_TRIES):
-            status, _, raw = await request(self._target, "GET", "/models", timeout=min(self._timeout, 60.0))
+            status, _, raw = await self._request("GET", "/models", None, min(self._timeout, 60.0))
             if status < 500 and status not in _AGAIN:
                 break
             await asyncio.sleep(min(self._backoff * 2**attempt, _LONGEST_PAUSE))

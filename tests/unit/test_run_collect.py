@@ -345,3 +345,16 @@ def test_over_tls_with_the_certificate_checked(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv("SSL_CERT_FILE", str(cert))
         assert run(tmp_path, server.url).kept == 6
     client.cache_clear()
+
+
+def test_a_key_that_the_server_says_again_is_hidden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts_file(tmp_path, 2)
+    again = {"error": {"message": "Incorrect API key: Bearer sk-s3/cret"}}
+    for status in (401, 400, 200):
+        teacher = FakeTeacher(lambda body, before, s=status: (s, again))
+        with teacher.listening() as server, pytest.raises(KllmError) as error:
+            run(tmp_path, server.url, api_key="sk-s3/cret", model="m", retries=0, parallel=1)
+        shown = str(error.value) + capsys.readouterr().err
+        assert "Bearer ***" in shown and "sk-s3" not in shown
