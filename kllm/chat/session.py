@@ -205,7 +205,7 @@ def open_session(
     def say(line: str) -> None:
         sys.stderr.write(f"note: {line}\n")
 
-    place = None if adapter is None else _adapter_place(adapter)
+    place = None if adapter is None else _adapter_place(model_path, adapter)
     model, tokenizer = load_model(model_path, pick_device(device), say=say)
     if tokenizer is None:
         hint = f"kllm convert {model_path} OUT --tokenizer DIR gives it one"
@@ -221,9 +221,10 @@ def open_session(
     return Session(engine, tokenizer, system=system, sampling=sampling)
 
 
-def _adapter_place(adapter: str) -> Path:
-    from kllm.export.resolve_adapter import resolve_adapter
+def _adapter_place(model_path: str, adapter: str) -> Path:
+    from kllm.export.resolve_adapter import check_unmerged, resolve_adapter
 
+    check_unmerged(model_path, adapter)
     return resolve_adapter(adapter)  # before the model is read: that takes longer
 
 

@@ -12,7 +12,7 @@ from kllm.errors import UserError
 from kllm.export import hub
 from kllm.export.load import load_model
 from kllm.export.resolve import resolve
-from kllm.export.resolve_adapter import resolve_adapter
+from kllm.export.resolve_adapter import check_unmerged, resolve_adapter
 from kllm.export.tokenizers import load_tokenizer, tokenizer_of
 from kllm.files import new_directory, new_file
 from kllm.model.transformer import Transformer
@@ -42,7 +42,7 @@ class Conversion:
     """The source is an adapter: it is merged into its base model."""
     keep_adapter: bool = False
     base: str | None = None
-    """What a PEFT folder names as its base model, or the model that `merge` merges into."""
+    """What a PEFT folder, written or kept, names as its base model, or the model that `merge` merges into."""
     push: str | None = None
     private: bool = False
     overwrite: bool = False
@@ -78,7 +78,7 @@ def convert(job: Conversion, say: Say = lambda line: None) -> dict[str, Any]:
     with new_directory(job.out) as aside:
         report |= hf_folder(model, tokenizer, aside, job.options, say)
         if job.keep_adapter:
-            keep_adapter(job.adapters[0], model, aside / "adapter", job.base or str(job.out))
+            keep_adapter(job.adapters[0], model, aside / "adapter", job.base or str(job.out.resolve()))
             report["adapter"] = str(job.out / "adapter")
         card = export_card(job.out.name, job.source, report)
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -126,6 +126,8 @@ def _check(job: Conversion) -> None:
     if Path(job.source).exists() and job.out.exists() and _place(job) == job.out.resolve():
         raise UserError("source and result are the same", where=str(job.out), hint="name another OUT")
     adapters = [split_weight(text)[0] for text in job.adapters]
+    for adapter in adapters:
+        check_unmerged(job.source, adapter)
     for given in (job.source, *adapters, job.tokenizer, job.options.calibrate):
         if given is not None and Path(given).exists() and job.out.resolve() in Path(given).resolve().parents:
             # it would be replaced, with what is read from it

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kllm.errors import UserError
 from kllm.export.resolve import ADAPTER_CONFIG
 from kllm.export.resolve_adapter import resolve_adapter
+from kllm.files import write_json
 
 if TYPE_CHECKING:
     from kllm.model.transformer import Transformer
@@ -56,15 +57,15 @@ def base_of(adapter: str) -> str:
 
 
 def keep_adapter(reference: str, model: Transformer, directory: Path, base: str) -> None:
-    """The adapter beside the model as a PEFT folder, which names `base` if it is made anew."""
+    """The adapter beside the model as a PEFT folder, which names `base`."""
     from kllm.export.adapter import read_adapter, write_peft
-    from kllm.export.peft import WEIGHTS
+    from kllm.export.peft import WEIGHTS, read_peft_config
 
     given = resolve_adapter(reference)
     if given.is_dir():  # its two files; what a training left beside them is nobody else's
         directory.mkdir()
-        for name in (ADAPTER_CONFIG, WEIGHTS):
-            shutil.copyfile(given / name, directory / name)
+        shutil.copyfile(given / WEIGHTS, directory / WEIGHTS)
+        write_json(directory / ADAPTER_CONFIG, read_peft_config(given) | {"base_model_name_or_path": base})
         return
     adapter = read_adapter(given, model.shape.head_dim)
     gate = model.shape.shared_expert_gate

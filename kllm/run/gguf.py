@@ -14,6 +14,7 @@ from kllm.export.gguf_write import QUANTS, GgufInfo, size_label, write_gguf
 from kllm.export.load import load_model
 from kllm.export.ollama import modelfile, template_of
 from kllm.export.resolve import MODEL_FILES, resolve
+from kllm.export.resolve_adapter import check_unmerged
 from kllm.export.tokenizers import load_tokenizer
 from kllm.files import new_file, write_text
 from kllm.model.presets import gguf_arch
@@ -49,6 +50,8 @@ def export_gguf(job: GgufExport, say: Say = lambda line: None) -> dict[str, Any]
     Raises:
         UserError, KllmError: bad input, a shape or tokenizer that llama.cpp cannot run, a failed check.
     """
+    if job.adapter is not None:
+        check_unmerged(job.source, job.adapter)
     name = job.name or export_name(job.source)
     paths = _paths(job, Path(name).name or "model")
     model, tokenizer = load_model(job.source, assume=job.assume, tokenizer=job.tokenizer is None, say=say)
@@ -56,9 +59,9 @@ def export_gguf(job: GgufExport, say: Say = lambda line: None) -> dict[str, Any]
         tokenizer = load_tokenizer(job.tokenizer)
     merged = None
     if job.adapter is not None:
-        from kllm.export.adapter import merge_adapter
+        from kllm.export.adapter import merge_adapters
 
-        merged = merge_adapter(model, job.adapter) | {"adapter": Path(job.adapter).name}
+        (merged,) = merge_adapters(model, [(job.adapter, 1.0)])
     terms = job.license or source_license(job.source)
     # a path would tell the world about this machine
     source = export_name(job.source) if Path(job.source).exists() else job.source

@@ -26,15 +26,17 @@ def check_reference(reference: str, base: Path | None) -> None:
         base: what holds its model; None if that is still to be fetched.
 
     Raises:
-        UserError, KllmError: nothing there, damaged, another model's.
+        UserError, KllmError: nothing there, damaged, another model's, merged into the base already.
     """
     from kllm.export.hub import is_hub_id
-    from kllm.export.resolve_adapter import resolve_adapter
+    from kllm.export.resolve_adapter import check_unmerged, resolve_adapter
 
     if not Path(reference).expanduser().exists() and is_hub_id(reference):
         return
     with _named(reference):
         place = resolve_adapter(reference)
+        if base is not None:
+            check_unmerged(base, reference)
     if base is not None:
         _weights(reference, place, _shape_at(base))
 

@@ -11,6 +11,7 @@ import torch
 from chat_support import chat_model
 from support import kllm
 
+from kllm.chat.session import open_session
 from kllm.errors import KllmError
 from kllm.export.adapter import merge_adapters, save_adapter
 from kllm.export.hf import read_tensors
@@ -19,6 +20,8 @@ from kllm.model.lora import LoraConfig, add_lora, lora_parameters, merge_lora
 from kllm.model.transformer import Transformer
 from kllm.run.convert import Conversion, HfOptions, convert
 from kllm.run.convert_adapter import split_weight
+from kllm.run.gguf import GgufExport, export_gguf
+from kllm.serve.adapters import check_reference
 
 QUICK = HfOptions(verify=False)
 
@@ -167,6 +170,47 @@ def test_a_run_is_kept_as_a_folder(lab: Path, tmp_path: Path) -> None:
     convert(job)
     kept = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
     assert kept.read_bytes() == (lab / "runs" / "two" / "02-lora" / "adapter" / kept.name).read_bytes()
+
+
+def test_a_kept_adapter_names_the_model_beside_it(lab: Path, tmp_path: Path) -> None:
+    adapter = str(lab / "runs" / "two")
+    for base, named in ((None, str(tmp_path / "out")), ("me/base", "me/base")):
+        convert(
+            Conversion(
+                str(lab / "base"), tmp_path / "out", options=QUICK, adapters=(adapter,), keep_adapter=True,
+                base=base, overwrite=True,
+            )
+        )  # fmt: skip
+        kept = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+        given = json.loads((Path(adapter) / "02-lora" / "adapter" / "adapter_config.json").read_text())
+        assert kept == given | {"base_model_name_or_path": named}
+
+
+@pytest.mark.parametrize("what", ["chat", "serve", "convert", "gguf"])
+def test_an_adapter_is_not_merged_twice(
+    what: str, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = tmp_path / "run" / "01-lora"
+    shutil.copytree(lab / "base", stage / "final")
+    shutil.copytree(lab / "runs" / "one" / "02-lora" / "adapter", stage / "adapter")
+    (stage / "status.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    calls = {
+        "chat": lambda: open_session("run", adapter="run"),
+        "serve": lambda: check_reference("run", stage / "final"),
+        "convert": lambda: convert(Conversion("run", tmp_path / "out", options=QUICK, adapters=("run@0.5",))),
+        "gguf": lambda: export_gguf(GgufExport("run", tmp_path / "out", adapter="run")),
+    }
+    with pytest.raises(KllmError, match="merged into .* already .*name its base instead: .*base"):
+        calls[what]()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_of_a_run_names_the_run(lab: Path, tmp_path: Path) -> None:
+    adapter = str(lab / "runs" / "one" / "02-lora" / "adapter")
+    report = export_gguf(GgufExport(str(lab / "base"), tmp_path / "g", adapter=adapter, verify=False))
+    assert report["merged"]["adapter"] == "02-lora"
+    assert "adapter `02-lora` merged" in (tmp_path / "g" / "README.md").read_text(encoding="utf-8")
 
 
 def test_weights_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from kllm.errors import UserError
 from kllm.export import hub
 from kllm.export.resolve import resolve
-from kllm.export.resolve_adapter import resolve_adapter
+from kllm.export.resolve_adapter import check_unmerged, resolve_adapter
 
 
 def adapter(folder: Path) -> Path:
@@ -53,6 +53,34 @@ def test_a_stage_that_has_not_ended(tmp_path: Path) -> None:
     assert resolve(run) == run / "01-sft" / "final"
     done = adapter(run / "02-lora" / "adapter")
     assert resolve_adapter(run) == done
+
+
+def test_an_adapter_that_is_merged_already(tmp_path: Path) -> None:
+    """A stage leaves both: its adapter is for the base, not for its final."""
+    run = tmp_path / "run"
+    stage, kept = run / "01-lora", tmp_path / "kept"
+    own = adapter(stage / "adapter")
+    beside = adapter(stage / "final" / "adapter")  # kept beside a model: that one is its base
+    for model in (stage / "final", tmp_path / "base", kept):
+        model.mkdir(exist_ok=True)
+        (model / "config.json").touch()
+    (stage / "status.json").touch()
+    (own / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/base"}')
+    for model in (run, stage, stage / "final"):
+        with pytest.raises(UserError, match="merged into .* already .name its base instead: /models/base"):
+            check_unmerged(model, own)
+    with pytest.raises(UserError, match="merged into"):
+        check_unmerged(run, run)
+    for model, given in (
+        (tmp_path / "base", own),
+        (run, adapter(kept / "adapter")),
+        (run, beside),
+        ("a/b", own),
+        (run, "a/b"),
+    ):
+        check_unmerged(model, given)
+    (stage / "status.json").unlink()
+    check_unmerged(run, own)  # somebody's own folders that happen to have these names
 
 
 def test_nothing_there(tmp_path: Path) -> None:
