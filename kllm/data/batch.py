@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from kllm.model.head import IGNORE
 
 
 @dataclass
@@ -42,6 +42,11 @@ class Sequences:
         """The same sequences on `device`."""
         good = None if self.good is None else self.good.to(device, non_blocking=True)
         return Sequences(self.index.to(device, non_blocking=True), self.count, good)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[count] sums over the tokens of each sequence, of values [T] on the same device."""
+        slot = torch.where(self.index < 0, self.count, self.index)
+        return values.new_zeros(self.count + 1).index_add(0, slot, values)[: self.count]
 
 
 @dataclass
@@ -104,6 +109,11 @@ class Batch:
             sequences=None if self.sequences is None else self.sequences.to(device),
             extras={name: moved(values) for name, values in self.extras.items()},
         )
+
+    @property
+    def context(self) -> int:
+        """Positions that a model must know for it."""
+        return int(self.positions.max()) + 1
 
     @property
     def trained_tokens(self) -> int:

@@ -25,8 +25,7 @@ from kllm.data.shards import Shard
 from kllm.data.sources import iter_records
 from kllm.errors import UserError
 from kllm.eval.scoring import language_of, shown, tally
-from kllm.model.attention import PackedLayout
-from kllm.model.head import token_losses
+from kllm.objectives.reference import reference_logprobs
 
 if TYPE_CHECKING:
     from kllm.model.transformer import Transformer
@@ -76,24 +75,13 @@ def run_preference(
     return {**_result(rows, np.concatenate(found)), "dropped": dropped, "seq_len": seq_len}
 
 
-@torch.inference_mode()
 def answer_logprobs(model: Transformer, batch: Batch) -> np.ndarray:
     """float64 [sequences, 2]: the summed log-probability of each sequence of a batch, and its tokens."""
     if batch.sequences is None:
         raise ValueError("a batch without sequences")
-    training = model.training
-    model.eval()
-    device = model.head_weight.device
-    model.ensure_context(int(batch.positions.max()) + 1)
-    layout = PackedLayout(batch.cu_seqlens, device, batch.parents)
-    hidden = model(batch.tokens.to(device), batch.positions.to(device), layout)
-    losses = token_losses(hidden, model.head_weight, batch.labels.to(device)).double().cpu()
-    model.train(training)
-    counted = batch.sequences.index >= 0
-    owner = batch.sequences.index[counted]
-    out = torch.zeros(batch.sequences.count, 2, dtype=torch.float64)
-    out.index_add_(0, owner, torch.stack([-losses[counted], torch.ones(len(owner)).double()], dim=1))
-    return out.numpy()
+    logps = reference_logprobs(model, batch).double().cpu()
+    sums = [batch.sequences.sums(values) for values in (logps, torch.ones_like(logps))]
+    return torch.stack(sums, dim=1).numpy()
 
 
 def _pairs(source: str | Path) -> Iterator[tuple[Row, PreferenceRecord]]:

@@ -46,7 +46,7 @@ def reference_logprobs(model: nn.Module, batch: Batch, chunk: int = 1024) -> Ten
     """
     inner = unwrap(model)
     batch = batch.to(inner.head_weight.device)
-    inner.ensure_context(int(batch.positions.max()) + 1)
+    inner.ensure_context(batch.context)
     layout = PackedLayout(batch.cu_seqlens, batch.tokens.device, batch.parents)
     with _aside(inner, batch.tokens.device):
         hidden = inner(batch.tokens, batch.positions, layout)

@@ -92,8 +92,7 @@ def _hidden(
 
 def _lesson(model: Transformer, batch: Batch, rows: Tensor, layers: tuple[int, ...]) -> Lesson:
     layout = PackedLayout(batch.cu_seqlens, batch.tokens.device, batch.parents)
-    # a shared beginning and what follows it: two segments at most
-    model.ensure_context(layout.max_length * (1 if batch.parents is None else 2))
+    model.ensure_context(batch.context)
     hidden, states = _hidden(model, batch.tokens, batch.positions, layout, layers)
     if rows.shape[0] != hidden.shape[0]:
         hidden, states = hidden.index_select(0, rows), [x.index_select(0, rows) for x in states]
