@@ -117,10 +117,12 @@ def kto(
 
 @dataclass
 class _Answers:
-    """Of each answer, [count]: summed log-probability and log-ratio (None without a reference), tokens."""
+    """Of each answer, [count]: summed log-probability, log-ratio and KL terms (None without a reference),
+    tokens."""
 
     logps: Tensor
     ratios: Tensor | None
+    kl: Tensor | None
     lengths: Tensor
     good: Tensor
     """The chosen one of its pair, or rated good."""
@@ -235,7 +237,10 @@ class Preference:
         return Loss(total, metrics)
 
     def _reference(self, inner: nn.Module, batch: Batch) -> Tensor | None:
-        """float32 [T] log-probabilities of the labels under the reference."""
+        """float32 [T] log-probabilities of the labels under the reference, None if there are none.
+
+        A loss without a reference counts the drift from one that the batch carries.
+        """
         if self.reference == "adapters_off":
             return logprobs_without_adapters(inner, batch, self.loss_chunk)
         known = batch.extras.get("reference")
@@ -244,7 +249,7 @@ class Preference:
                 "the batch has no reference log-probabilities",
                 hint="annotate the shards with reference_logprobs, or use another reference",
             )
-        return None if self.reference == "none" else known
+        return known
 
     def _z_ref(self, inner: nn.Module, batch: Batch) -> Tensor:
         """KTO's z, a scalar; see the class."""
@@ -276,8 +281,8 @@ class Preference:
             metrics["rewards/accuracy"] = (_right(torch.where(good, above, -above)).sum(), len(rewards))
         if z_ref is not None:
             metrics["pref/z_ref"] = (z_ref * len(rewards), len(rewards))
-        if answers.ratios is not None:
-            metrics["pref/kl"] = (answers.ratios.sum(), answers.lengths.sum())
+        if answers.ratios is not None and answers.kl is not None:
+            metrics["pref/kl"] = (answers.kl.sum(), answers.lengths.sum())
             metrics["logps/chosen_drift"] = (answers.ratios[good].sum(), answers.lengths[good].sum())
         return metrics
 
@@ -293,10 +298,13 @@ def _sequences(batch: Batch) -> Sequences:
     return batch.sequences
 
 
-def _sums(values: Tensor, sequences: Sequences) -> Tensor:
-    """Sums [count] over the tokens of each sequence, of values [T]."""
-    slot = torch.where(sequences.index < 0, sequences.count, sequences.index)
-    return values.new_zeros(sequences.count + 1).index_add(0, slot, values)[: sequences.count]
+def _kl(ratios: Tensor) -> Tensor:
+    """exp(-r) - 1 + r of each token's log-ratio, never negative: its mean over the policy's own tokens is the
+    KL to the reference (Schulman 2020, "Approximating KL divergence", k3). The tokens here are the data's.
+
+    Where the policy has left an answer altogether exp(-r) would drown all others: r ends at -10.
+    """
+    return (-ratios).clamp(max=10.0).expm1() + ratios.clamp(min=-10.0)
 
 
 def _answers(logps: Tensor, reference: Tensor | None, sequences: Sequences) -> _Answers:
@@ -304,9 +312,11 @@ def _answers(logps: Tensor, reference: Tensor | None, sequences: Sequences) -> _
     good = sequences.good
     if good is None:
         good = torch.arange(sequences.count, device=logps.device) % 2 == 0
+    ratios = None if reference is None else logps - reference
     return _Answers(
-        logps=_sums(logps, sequences),
-        ratios=None if reference is None else _sums(logps - reference, sequences),
-        lengths=_sums(torch.ones_like(logps), sequences).clamp(min=1),
+        logps=sequences.sums(logps),
+        ratios=None if ratios is None else sequences.sums(ratios),
+        kl=None if ratios is None else sequences.sums(_kl(ratios)),
+        lengths=sequences.sums(torch.ones_like(logps)).clamp(min=1),
         good=good,
     )

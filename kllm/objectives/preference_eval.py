@@ -20,6 +20,7 @@ FIGURES = {
     "val/loss": "train/loss",
     "val/accuracy": "rewards/accuracy",
     "val/logp_accuracy": "logps/accuracy",
+    "val/chosen_logp": "logps/chosen",
     "val/chosen_drift": "logps/chosen_drift",
     "val/kl": "pref/kl",
 }
@@ -33,8 +34,8 @@ def evaluate_preference(
 
     `val/loss` per pair (kto: per answer), `val/accuracy` (the chosen answer has the higher reward; ties
     count half, so 0.5 before training), `val/margin` of rewards, `val/logp_accuracy` (the chosen answer
-    is likelier as it stands, no reference asked), `val/chosen_drift` and `val/kl` in nats per token.
-    What the loss or the data do not have is left out.
+    is likelier as it stands, no reference asked), `val/chosen_logp`, `val/chosen_drift` and `val/kl` in nats
+    per token. What the loss or the data do not have is left out.
     """
     inner = unwrap(model)
     was_training = inner.training
@@ -56,7 +57,7 @@ def evaluate_preference(
 
 
 def collapse_warning(chosen_drift: float) -> str | None:
-    """One line if chosen answers have become much less likely than under the reference, else None.
+    """One line if chosen answers have become much less likely than at the start, else None.
 
     A preference loss is content with any margin, also one that both answers fall to (Pal et al. 2024,
     arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847).
@@ -67,6 +68,6 @@ def collapse_warning(chosen_drift: float) -> str | None:
     if chosen_drift >= CHOSEN_COLLAPSE:
         return None
     return (
-        f"chosen answers have lost {-chosen_drift:.2f} nats per token against the reference: "
+        f"chosen answers have lost {-chosen_drift:.2f} nats per token since the start: "
         "lower optim.lr, raise preference.beta or set preference.rpo_alpha"
     )

@@ -20,7 +20,7 @@ from kllm.model.lora import LoraConfig, add_lora, lora_parameters
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 from kllm.objectives.mismatch import mismatched
-from kllm.objectives.preference import NEED_REFERENCE, Preference, _right, kto, reference_logprobs
+from kllm.objectives.preference import NEED_REFERENCE, Preference, _kl, _right, kto, reference_logprobs
 from kllm.objectives.preference_eval import collapse_warning, evaluate_preference
 from kllm.observe.metrics import describe
 from kllm.train.device import Runtime
@@ -57,13 +57,18 @@ def with_reference(batch: Batch, reference: Transformer) -> Batch:
 
 
 def numpy_logp(model: Transformer, answer: Answer) -> float:
-    """Summed log-probability of the answer's tokens, from the whole sequence's logits."""
+    """Summed log-probability of the answer's tokens."""
+    return float(numpy_logps(model, answer).sum())
+
+
+def numpy_logps(model: Transformer, answer: Answer) -> np.ndarray:
+    """Log-probabilities of the answer's tokens, from the whole sequence's logits."""
     tokens = answer.tokens
     with torch.no_grad():
         logits = model.eval().logits(model(tokens, torch.arange(len(tokens)))).double().numpy()
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     places = np.arange(len(answer.prompt) - 1, len(tokens) - 1)
-    return float(logp[places, tokens.numpy()[places + 1]].sum())
+    return logp[places, tokens.numpy()[places + 1]]
 
 
 def numpy_loss(loss: str, policy: np.ndarray, ref: np.ndarray, sizes: np.ndarray, beta: float, **o) -> float:  # type: ignore[no-untyped-def]
@@ -164,12 +169,19 @@ def test_metrics_are_what_they_say() -> None:
         "logps/chosen": now[0::2].sum() / sizes[0::2].sum(),
         "logps/rejected": now[1::2].sum() / sizes[1::2].sum(),
         "logps/chosen_drift": (now - then)[0::2].sum() / sizes[0::2].sum(),
-        "pref/kl": (now - then).sum() / sizes.sum(),
     }
+    ratios = np.concatenate([numpy_logps(policy, a) - numpy_logps(reference, a) for a in ANSWERS])
+    assert (ratios < 0).any() and (ratios > 0).any()
+    expected["pref/kl"] = (np.exp(-ratios) - 1 + ratios).mean()
     assert 0 < expected["rewards/accuracy"] < 1
     for name, value in expected.items():
         total, weight = metrics[name]
         assert float(total) / float(weight) == pytest.approx(value, rel=1e-4), name  # type: ignore[arg-type]
+
+
+def test_the_kl_of_an_answer_that_the_policy_left_is_finite() -> None:
+    far = float(_kl(torch.tensor([-500.0])))
+    assert far == pytest.approx(np.exp(10) - 11, rel=1e-6) and float(_kl(torch.tensor([0.0]))) == 0
 
 
 def test_a_tie_is_half_right() -> None:
@@ -295,6 +307,22 @@ def test_evaluation_is_the_mean_over_all_pairs() -> None:
     )
     assert {"val/loss", "val/accuracy", "val/margin", "val/chosen_drift"} <= rated.keys()
     assert "val/logp_accuracy" not in rated
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_a_loss_without_reference_tells_the_drift_of_held_out_answers(loss: str) -> None:
+    policy, start = model_of(1), model_of(2)
+    batch = with_reference(pair_batch(ANSWERS), start)
+    objective = Preference(loss, reference="none")
+    result = evaluate_preference(policy, [batch], Runtime(torch.device("cpu")), objective)
+    now, then = (np.array([numpy_logp(m, a) for a in ANSWERS])[0::2] for m in (policy, start))
+    size = sum(len(a.answer) for a in ANSWERS[0::2])
+    assert result["val/chosen_logp"] == pytest.approx(now.sum() / size, rel=1e-4)
+    assert result["val/chosen_drift"] == pytest.approx((now - then).sum() / size, rel=1e-4)
+    assert result["val/kl"] > 0
+    assert float(objective(policy, batch).total.detach()) == pytest.approx(
+        float(objective(policy, pair_batch(ANSWERS)).total.detach())
+    )
 
 
 def test_a_collapse_of_chosen_answers_is_said() -> None:
