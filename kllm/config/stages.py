@@ -220,6 +220,8 @@ class DpoStage(TuningStage):
     def _online_makes_pairs(self) -> DpoStage:
         if self.online and self.preference.loss == "kto":
             raise ValueError("online sampling makes pairs, and kto learns from single ratings")
+        if self.online:
+            _check_room(self.rollout, self.dataset)
         return self
 
 
@@ -259,7 +261,19 @@ class DistillStage(TuningStage):
             raise ValueError("from_endpoint needs prompts")
         if self.distill.on_policy and self.distill.top_k:
             raise ValueError("distill.top_k keeps what the teacher says of the data; on_policy needs it live")
+        if self.distill.on_policy:
+            _check_room(self.rollout, self.dataset)
+        if self.distill.hidden_weight and self.distill.top_k:
+            raise ValueError("distill.top_k keeps no hidden states; hidden_weight needs the teacher live")
         return self
+
+
+def _check_room(rollout: RolloutSection, dataset: DatasetSection) -> None:
+    if rollout.max_tokens >= dataset.seq_len:
+        raise ValueError(
+            f"rollout.max_tokens ({rollout.max_tokens}) leaves no room for a prompt "
+            f"in dataset.seq_len ({dataset.seq_len})"
+        )
 
 
 class EvalStage(BaseStage):
