@@ -136,8 +136,9 @@ def held_out_loss(materials: Materials) -> Callable[[nn.Module], dict[str, float
 
 def _preference(materials: Materials, stage: DpoStage) -> Learning:
     free = stage.preference.loss in REFERENCE_FREE
-    # kto's estimate of the KL needs both models at hand, which costs nothing with an adapter
-    both = stage.preference.loss == "kto" and stage.adapter is not None
+    # with an adapter its model without it is at hand: for kto's estimate of the KL, and for pairs made on
+    # the way, whose reference would be a second model in memory
+    both = stage.adapter is not None and not free and (stage.online or stage.preference.loss == "kto")
     options = stage.preference.model_dump()
     options["beta"] = options["beta"] or (2.0 if stage.preference.loss == "simpo" else 0.1)
     objective = Preference(
@@ -145,29 +146,24 @@ def _preference(materials: Materials, stage: DpoStage) -> Learning:
         reference="none" if free else "adapters_off" if both else "cached",
         loss_chunk=stage.train.loss_chunk,
     )
-    train, val = (None, None) if free or both else _reference(materials, stage, online=stage.online)
+    # made first: what is wrong with its prompts is said before anything is computed
+    own = online_pairs(materials, stage, annotated=not free and not both) if stage.online else None
+    # without a reference in the loss, that of the held-out pairs still shows how far the model drifts
+    train, val = (None, None) if both else _reference(materials, stage, val_only=free or stage.online)
     batches, runtime = held_out_batches(materials, val), materials.runtime
 
     def held_out(model: nn.Module) -> dict[str, float]:
         return evaluate_preference(model, batches, runtime, objective)
 
-    source: Any
-    if stage.online:
-        source = online_pairs(materials, stage, free)
-        rows = source.steps_per_epoch * materials.rows_per_step
-    else:
-        source = packed_source(materials, train)
-        rows = source.rows_per_epoch
+    source: Any = own or packed_source(materials, train)
+    rows = own.steps_per_epoch * materials.rows_per_step if own else source.rows_per_epoch
     return Learning(source, objective, held_out if batches else None, rows)
 
 
 def _reference(
-    materials: Materials, stage: DpoStage, online: bool
+    materials: Materials, stage: DpoStage, val_only: bool
 ) -> tuple[list[Annotation] | None, Annotation]:
-    """Log-probabilities of every answer under the model as it starts, made once and kept with the data.
-
-    Online the training data is made on the way; the held-out pairs are those of the files.
-    """
+    """Log-probabilities of every answer under the model as it starts, made once and kept with the data."""
     model, runtime, chunk = materials.model, materials.runtime, stage.train.loss_chunk
 
     def compute(batch: Batch) -> dict[str, Any]:
@@ -177,7 +173,7 @@ def _reference(
     key = _key("reference", materials, "model")
     fields = {"reference": (np.dtype("<f4"), 0)}
     (val,) = _annotated(materials, [materials.data.val], key, fields, compute)
-    train = None if online else _annotated(materials, materials.data.train, key, fields, compute)
+    train = None if val_only else _annotated(materials, materials.data.train, key, fields, compute)
     return train, val
 
 

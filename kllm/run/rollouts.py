@@ -29,7 +29,7 @@ from kllm.errors import KllmError, UserError
 from kllm.model.lora import plain_model
 from kllm.objectives.reference import reference_logprobs
 from kllm.run.collect_prompts import Prompt, PromptList
-from kllm.run.judge import Judge, judge_of
+from kllm.run.judge import Judge, check_prompts, judge_of
 from kllm.tokenizer.chat import ChatEncoder
 
 if TYPE_CHECKING:
@@ -75,18 +75,13 @@ class OwnAnswers:
         self.documents, self.batches = documents, batches
         encoder = ChatEncoder(materials.tokenizer)
         longest = materials.stage.dataset.seq_len - rollout.max_tokens
-        if longest < 1:
-            raise UserError(
-                f"answers of {rollout.max_tokens} tokens leave no room for a prompt in dataset.seq_len",
-                where="rollout.max_tokens",
-            )
-        self.prompts = [
-            (prompt, ids)
-            for prompt in PromptList(sources)
-            if len(ids := encoder.prompt(prompt.messages, prompt.tools)) <= longest
-        ]
+        every = [(prompt, encoder.prompt(prompt.messages, prompt.tools)) for prompt in PromptList(sources)]
+        self.prompts = [(prompt, ids) for prompt, ids in every if len(ids) <= longest]
         if not self.prompts:
             raise UserError("no prompt that fits dataset.seq_len", where="rollout.prompts")
+        if (long := len(every) - len(self.prompts)) and materials.ctx.is_main:
+            left = f"left out: {long:,} of {len(every):,} prompts"
+            materials.ctx.reporter.message(f"{left}, too long for dataset.seq_len and rollout.max_tokens")
         self.engine: Engine | None = None
         self.harvests = self.cursor = 0
         self.waiting: list[list[Document]] = []
@@ -218,16 +213,19 @@ def best_and_worst(answered: Sequence[_Answered], judge: Judge) -> list[Document
     return documents
 
 
-def online_pairs(materials: Materials, stage: DpoStage, free: bool) -> OwnAnswers:
+def online_pairs(materials: Materials, stage: DpoStage, annotated: bool) -> OwnAnswers:
     """Pairs of the model's own answers, best against worst (Guo et al. 2024, arXiv 2402.04792).
 
-    The reference stays the model as the stage found it: the frozen weights where an adapter is trained, else
-    a copy of them.
+    Args:
+        annotated: the pairs carry log-probabilities of the model as the stage found it, of which a copy is
+            kept; an objective that finds its reference under an adapter, or has none, does without.
+
+    Raises:
+        UserError: no such reward, no prompts, or prompts that the reward cannot judge.
     """
-    if free:
-        reference: nn.Module | None = None
-    else:
-        reference = copy.deepcopy(plain_model(materials.model)).eval().requires_grad_(False)
+    reference: nn.Module | None = None
+    if annotated:
+        reference = copy.deepcopy(materials.model).eval().requires_grad_(False)
     judge = judge_of(stage.rollout)
     chunk, runtime = stage.train.loss_chunk, materials.runtime
 
@@ -250,7 +248,7 @@ def online_pairs(materials: Materials, stage: DpoStage, free: bool) -> OwnAnswer
         )
         return _one_batch_list(materials, shard, known)
 
-    return OwnAnswers(
+    own = OwnAnswers(
         materials,
         stage.rollout,
         [source.path for source in stage.rollout.prompts] or ["builtin:world/rl"],
@@ -258,6 +256,8 @@ def online_pairs(materials: Materials, stage: DpoStage, free: bool) -> OwnAnswer
         lambda answered: best_and_worst(answered, judge),
         batches,
     )
+    check_prompts(stage.rollout, (prompt for prompt, _ in own.prompts))
+    return own
 
 
 # -- on-policy distillation ---------------------------------------------------------------------------

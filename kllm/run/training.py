@@ -146,6 +146,13 @@ class TrainingRun:
             self.ctx.reporter.warn(warning)
         self.warned = self.warned or warning is not None
 
+    def _held_out(self, model: nn.Module) -> dict[str, float]:
+        """Losses without a reference know the drift of held-out answers alone."""
+        assert self.learning.held_out is not None
+        figures = self.learning.held_out(model)
+        self._watch(figures.get("val/chosen_drift"))
+        return figures
+
     def _encode_prompt(self, text: str) -> list[int]:
         if isinstance(self.stage, PretrainStage):
             return self.tokenizer.encode(text)
@@ -158,7 +165,7 @@ class TrainingRun:
     def _hooks(self, model: Any) -> tuple[EvaluateHook, list[Any]]:
         train, ctx = self.stage.train, self.ctx
         evaluator = EvaluateHook(
-            model, self.learning.held_out, self.runtime,
+            model, self._held_out if self.learning.held_out else None, self.runtime,
             every=train.eval_every, sinks=self.sinks, reporter=ctx.reporter,
         )  # fmt: skip
         sampler = SampleHook(
@@ -277,9 +284,15 @@ class TrainingRun:
         device = f"{self.runtime.device} {str(self.runtime.dtype).removeprefix('torch.')}"
         if self.runtime.world > 1:
             device += f" x {self.runtime.world}"
+        data = f"{docs:,} documents, {tokens:,} tokens"
+        stats = self.data.stats
+        if dropped := stats["dropped"]:
+            what = {"preference": "pairs", "rated": "rated answers"}.get(self.stage.data_kind, "documents")
+            every = stats["docs"] + stats["val_docs"] + dropped
+            data += f"; left out: {dropped:,} of {every:,} {what}, too long for dataset.seq_len"
         return {
             "model": f"{size}, {shape.num_hidden_layers} layers of {shape.hidden_size}",
-            "data": f"{docs:,} documents, {tokens:,} tokens",
+            "data": data,
             "plan": f"{sizes.steps:,} steps of {sizes.rows_per_step} x {row} tokens",
             "compute": f"{self.flops * total / 1e12:,.1f} TFLOP",
             "device": device + (", compiled" if compiled else ""),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_support import chat_model
 from collect_fake_server import FakeTeacher, said
 from data_tools import chat, write_jsonl
@@ -60,6 +61,69 @@ def test_a_teacher_is_kept_by_the_precision_it_ran_in(lab: Path) -> None:
     kinds = [started(lab, "distill", "distill.top_k=4", f"train.dtype={x}") for x in ("float32", "bfloat16")]
     then, now = (run.source.take(1)[0].extras["teacher_logprobs"] for run in kinds)
     assert (then - now).abs().max() > 0
+
+
+ONLINE = ["online=true", "rollout.reward=brief", "rollout.max_tokens=8", "rollout.samples=2"]
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_a_loss_without_reference_warns_of_held_out_answers(
+    loss: str, lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = started(lab, "dpo", f"preference.loss={loss}", "dataset.val_fraction=0.3")
+    assert run._held_out(run.model)["val/chosen_drift"] == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        run.model.lm_head.weight *= -1
+    assert run._held_out(run.model)["val/chosen_drift"] < -0.5
+    assert capsys.readouterr().err.count("chosen answers have lost") == 1
+
+
+@pytest.mark.parametrize("base", ["none", "int4"])
+def test_online_with_an_adapter_needs_no_second_model(
+    base: str, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kllm.run.rollouts.copy", None)
+    prompts = f"rollout.prompts={lab / 'chats.jsonl'}"
+    run = started(
+        lab, "dpo", *ONLINE, prompts, "lora.rank=2", f"lora.base={base}", "dataset.val_fraction=0.3"
+    )
+    (batch,) = run.source.take(1)
+    assert not batch.extras and run.objective.reference == "adapters_off"  # type: ignore[attr-defined]
+    assert float(run.objective(run.model, batch).metrics["pref/kl"][0]) == pytest.approx(0, abs=1e-4)
+    assert run._held_out(run.model)["val/chosen_drift"] == pytest.approx(0, abs=1e-4)
+
+
+def test_online_without_an_adapter_is_annotated(lab: Path) -> None:
+    run = started(lab, "dpo", *ONLINE, f"rollout.prompts={lab / 'chats.jsonl'}")
+    assert run.source.take(1)[0].extras.keys() == {"reference"}
+
+
+def test_match_wants_prompts_with_answers_before_anything_is_sampled(lab: Path) -> None:
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: the prompt has no known answer"):
+        started(lab, "dpo", *ONLINE, "rollout.reward=match", f"rollout.prompts={lab / 'chats.jsonl'}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        ("dpo", ["online=true", "rollout.max_tokens=64"], "no room for a prompt"),
+        ("distill", ["distill.on_policy=1", "rollout.max_tokens=64", "teacher=t"], "no room for a prompt"),
+        ("distill", ["distill.top_k=4", "distill.hidden_weight=1", "teacher=t"], "keeps no hidden states"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_recipe(kind: str, given: list[str], words: str) -> None:
+    with pytest.raises(UserErrors, match=words):
+        make_recipe(kind, [*SIZES, *given])
+    given = [*given, "model.path=m"]
+    make_recipe(kind, [*SIZES, *(x.replace("=64", "=63").replace("weight=1", "weight=0") for x in given)])
+
+
+def test_what_is_too_long_is_said(lab: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{i}", "chosen": "the mat" * (1 + i % 3 // 2 * 90), "rejected": "a"} for i in range(1, 41)
+    ]
+    run = started(lab, "dpo", f"data={write_jsonl(tmp_path / 'long.jsonl', rows)}")
+    assert "left out: 13 of 40 pairs, too long for dataset.seq_len" in run._header(False)["data"]
 
 
 # ---- who marks the answers
