@@ -98,16 +98,35 @@ def load_weights(path: Path, model: Any) -> None:
 
     Raises:
         UserError: the checkpoint belongs to a model of another shape.
+        KllmError: it is damaged.
     """
     if is_adapted(model):
-        saved = torch.load(path / "state" / "lora.pt", map_location="cpu", weights_only=True)
-        load_lora_state(model, saved)
+        load_lora_state(model, _read_state(path, "lora.pt"))
         return
     tensors, _ = hf_to_state(read_tensors(path), read_shape(path), str(path))
     check_state(tensors, model, str(path))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(tensors[name])
+
+
+def _read_state(path: Path, name: str) -> dict[str, Any]:
+    """A file of `state/`: a JSON object, or a dictionary that torch wrote."""
+    file = path / "state" / name
+    try:
+        if name.endswith(".json"):
+            found = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(found, dict):
+            return found
+        reason = "not a dictionary"
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as e:  # torch raises many kinds
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+    hint = f"delete {path} to continue from the one before"
+    raise KllmError(f"damaged checkpoint: {reason}", where=str(file), hint=hint)
 
 
 def load_checkpoint(
@@ -117,20 +136,19 @@ def load_checkpoint(
 
     Raises:
         UserError: the checkpoint belongs to a model of another shape.
+        KllmError: it is damaged.
     """
     load_weights(path, model)
     if objective is not None:
-        kept = torch.load(path / "state" / "objective.pt", map_location="cpu", weights_only=True)
-        objective.load_state_dict(kept)
-    file = path / "state" / "optimizer.pt"
+        objective.load_state_dict(_read_state(path, "objective.pt"))
+    saved = _read_state(path, "optimizer.pt")
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
         optimizers.load_state_dict(saved)
     except (KeyError, ValueError) as e:
-        raise UserError(
-            f"the optimiser's state does not fit: {e}", where=str(file), hint="start again with --fresh"
-        ) from None
-    extra: dict[str, Any] = json.loads((path / "state" / "trainer.json").read_text(encoding="utf-8"))
+        file = str(path / "state" / "optimizer.pt")
+        message = f"the optimiser's state does not fit: {e}"
+        raise UserError(message, where=file, hint="start again with --fresh") from None
+    extra = _read_state(path, "trainer.json")
     state.load_state_dict(extra.pop("train"))
     return extra
 

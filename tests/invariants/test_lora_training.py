@@ -10,11 +10,13 @@ import pytest
 import torch
 from test_loop import MOE, SHAPE, Rows
 
+from kllm.errors import KllmError
 from kllm.model.lora import LoraConfig, adapters_off, add_lora, load_lora_state, lora_parameters, lora_state
 from kllm.model.presets import ModelShape
 from kllm.model.transformer import Transformer
 from kllm.objectives.lm import LanguageModeling
 from kllm.optim.build import OptimConfig, build_optimizer
+from kllm.train.checkpoint import load_checkpoint, save_checkpoint
 from kllm.train.device import Runtime, compile_blocks, wrap_model
 from kllm.train.loop import Fit, Meters, fit
 from kllm.train.objective import TrainState
@@ -98,6 +100,24 @@ def test_stop_and_resume_give_the_same_bits(kind: str, tmp_path: Path) -> None:
     assert losses(first) + losses(second) == losses(straight)
     found, wanted = model.state_dict(), whole.state_dict()
     assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("name", ["lora.pt", "optimizer.pt", "trainer.json"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "gone", "noise"])
+def test_a_damaged_checkpoint_is_one_line(name: str, harm: str, tmp_path: Path) -> None:
+    run, model = make(1, *OPTIONS["pissa dora int8"])
+    path = save_checkpoint(tmp_path, model, None, run.optimizers, run.state, {}, base="here")
+    load_checkpoint(path, model, run.optimizers, run.state)
+    file = path / "state" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if harm != "gone":
+        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff\x00noise" * 9}[harm])
+    with pytest.raises(
+        KllmError, match="damaged checkpoint: .*delete .*step-000000 to continue from"
+    ) as caught:
+        load_checkpoint(path, model, run.optimizers, run.state)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
 WORKER = """
