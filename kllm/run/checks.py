@@ -76,8 +76,9 @@ def stage_errors(loaded: Loaded, run: RunDir, name: str) -> list[UserError]:
         preset_ok = attempt("model.preset", lambda: get_preset(stage.model.preset or "k-small"))
         if inputs is not None and preset_ok is not None:
             shape = attempt("model", lambda: _check_shape(recipe, stage, inputs))
-            if stage.adapter is not None and shape is not None:
-                attempt("lora", lambda: _check_adapter(stage.adapter, shape))
+            adapter = stage.adapter
+            if adapter is not None and shape is not None:
+                attempt("lora", lambda: _check_adapter(adapter, shape))
     return errors
 
 
