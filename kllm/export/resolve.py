@@ -75,7 +75,8 @@ def resolve(path: str | Path, *, weights: bool = True) -> Path:
         what = "the run has no trained model yet" if (place / "run.json").exists() else "no model in it"
         hint = "give a run, a stage, a checkpoint, a Hugging Face directory or a file"
         if find_adapter(place) is not None:
-            what, hint = f"{what}, only an adapter", f"name the model that it is for, and --adapter {path}"
+            what = f"{what}, only an adapter"
+            hint = f"kllm convert {path} OUT --merge makes a model of it"
         raise UserError(what, where=str(path), hint=hint)
     return found
 

@@ -44,7 +44,7 @@ def test_a_stage_that_has_not_ended(tmp_path: Path) -> None:
     for place in (run, run / "02-lora", places[1].parent):
         assert resolve_adapter(place) == places[1]
     with pytest.raises(
-        UserError, match="02-lora: no model in it, only an adapter .name the model that it is for"
+        UserError, match="02-lora: no model in it, only an adapter .kllm convert .* OUT --merge"
     ):
         resolve(run / "02-lora")
     with pytest.raises(UserError, match="no model in it, only an adapter"):
