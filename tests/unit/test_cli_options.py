@@ -108,7 +108,7 @@ ALL = [
 
 
 NEEDED = {
-    "lora.base": {"lora.rank": "4"},
+    "lora": {"lora.rank": "4"},
     "preference.label_smoothing": {"preference.loss": "robust"},
     "from_endpoint": {"prompts": "questions.jsonl"},
     "prompts": {"from_endpoint": "http://127.0.0.1:8000/v1"},
@@ -126,7 +126,8 @@ def test_every_flag_reaches_its_option_as_set_does(kind, flag):
         base.append(Override("tokenizer.path", "t"))
     if kind == "distill":
         base.append(Override("teacher.path", "big"))
-    base += [Override(key, value) for key, value in NEEDED.get(flag.key, {}).items()]
+    needed = NEEDED.get(flag.key) or (NEEDED["lora"] if flag.key.startswith("lora.") else {})
+    base += [Override(key, value) for key, value in needed.items() if key != flag.key]
     if flag.key in ("from_endpoint", "prompts"):
         base = [item for item in base if item.key != "teacher.path"]
     if flag.key in ("model.path", "model.preset", "tokenizer.path", "teacher.path", "student_from"):
