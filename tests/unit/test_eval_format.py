@@ -132,9 +132,10 @@ def test_a_real_model_with_two_questions_a_mode(directory: Path) -> None:
 
 def test_files_of_prompts_and_conversations(directory: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
+    chinese = next(row for row in ROWS if "多少" in row["question"])
     rows = [
         {"question": ROWS[0]["question"], "answer": ROWS[0]["answer"]},
-        {"conversations": [{"from": "human", "value": ROWS[1]["question"]}, {"from": "gpt", "value": "x"}]},
+        {"conversations": [{"from": "human", "value": chinese["question"]}, {"from": "gpt", "value": "x"}]},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     asker: Any = Scripted(Tokenizer.load(directory), obedient)

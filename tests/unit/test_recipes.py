@@ -87,7 +87,11 @@ def test_quickstart_needs_no_network_and_shows_both_models():
     recipe = load_recipe("quickstart").recipe
     assert all(source.path.startswith("builtin:") for stage in recipe.stages[:2] for source in stage.data)
     evals = [stage for stage in recipe.stages if stage.stage == "eval"]
-    assert [recipe.inputs(stage.name)["model"] for stage in evals] == ["stage:pretrain", "stage:sft"]
+    assert [recipe.inputs(stage.name)["model"] for stage in evals] == [
+        "stage:pretrain",
+        "stage:sft",
+        "stage:dpo",
+    ]
 
 
 def test_reasoning_weighs_its_tags():

@@ -1,8 +1,9 @@
-"""The splits of `builtin:reasoning`: problems thought through step by step, and the same answered at once.
+"""The splits of `builtin:reasoning`: problems of the world, thought through step by step before the answer.
 
-`reasoning_content` holds the steps of a worked answer. An answer without thinking stands behind an empty
-think block, which is what `enable_thinking: false` puts into the prompt: so the switch is learned from the
-mixture. Plain conversations of the world, with empty blocks too, keep what was known.
+`reasoning_content` holds the steps: those of a sum, or the facts that lead from one to the next. Besides
+there are conversations of the world whose answers stand behind an empty think block, which is what
+`enable_thinking: false` puts into the prompt. In some of them the same problems are answered at once. So
+both is learned from the mixture: to think where it helps, and to leave it when asked.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any
 from kllm.data.builtin import lexicon as lex
 from kllm.data.builtin.rng import Dice
 from kllm.data.builtin.sums import CATEGORY, draw
-from kllm.data.builtin.talk import Talk, messages, talks
+from kllm.data.builtin.talk import Talk, Turn, messages, talks
 from kllm.data.builtin.world import World
 
 CHATS = 10000
+THOUGHT = 0.5  # share of the conversations that are a problem thought through
+DIRECT = 0.3  # share of the others that may have problems: thinking has to stay the likelier way
 PER_CATEGORY = 40  # evaluation problems a category and language
-MIX = (("thought", 55), ("direct", 20), ("world", 25))
 EMPTY = "<think>\n\n</think>\n\n"
-PROBLEMS = (("addition", 4), ("subtraction", 4), ("comparison", 3), ("chain", 4))
+PROBLEMS = (("addition", 3), ("subtraction", 3), ("comparison", 3), ("chain", 4))
 OPS = {name: op for op, name in CATEGORY.items()}
 
 
@@ -34,6 +36,10 @@ class Problem:
     answer: str
     category: str
 
+    @property
+    def thinking(self) -> str:
+        return "\n".join(self.steps)
+
 
 class Thinker:
     """Draws problems in one language; `held` draws what training never asks."""
@@ -42,41 +48,45 @@ class Thinker:
         self.talk, self.dice, self.held = talk, dice, held
 
     def problem(self, category: str) -> Problem:
-        """A sum or comparison of two-digit numbers, or a question that two or three facts answer."""
+        """A sum, a comparison, or what two or three facts answer ("Tom: Paris", "Paris: France")."""
         voice = self.talk.voice
         if category == "chain":
             fact = self.talk.facts["derived"].deal()
-            steps = tuple(voice.tell(step) for step in self.talk.world.steps(*fact.key))
-            return Problem(voice.ask(fact, self.dice), steps, steps[-1], category)
-        one = draw(self.dice, OPS[category], self.talk.world, self.held, most=99)
+            chain = self.talk.world.steps(*fact.key)
+            steps = tuple(f"{voice.subject(step)}: {voice.value(step)}" for step in chain)
+            return Problem(voice.ask(fact, self.dice), steps, voice.answer(fact), category)
+        one = draw(self.dice, OPS[category], self.talk.world, self.held)
         stop = "。" if self.talk.lang == "zh" else "."
         whole = f"{one.result}" if one.op == ">" else f"{one.a}{one.op}{one.b}={one.result}"
         return Problem(one.ask(self.talk.lang, self.dice), tuple(one.steps()), whole + stop, category)
 
-    def any(self) -> Problem:
-        return self.problem(self.dice.weighted(PROBLEMS))
+    def unthought(self) -> list[Turn]:
+        """A conversation of the world; most of them without any problem."""
+        mixed = self.dice.chance(DIRECT)
+        while True:
+            turns = self.talk.conversation()
+            if mixed or not any(turn.category in (*OPS, "derived") for turn in turns):
+                return turns
 
 
 def sft(world: World) -> Iterator[dict[str, Any]]:
     dice = Dice(f"kllm-reasoning/{world.seed}/sft")
     thinkers = {lang: Thinker(talk, dice) for lang, talk in talks(world, dice).items()}
     for i in range(CHATS):
-        lang = lex.LANGS[i % 2]
-        kind = dice.weighted(MIX)
-        if kind == "world":
-            said = messages(thinkers[lang].talk.conversation())
+        thinker = thinkers[lex.LANGS[i % 2]]
+        if dice.chance(THOUGHT):
+            category = dice.weighted(PROBLEMS)
+            one = thinker.problem(category)
+            said = [
+                {"role": "user", "content": one.question},
+                {"role": "assistant", "content": one.answer, "reasoning_content": one.thinking},
+            ]
+        else:
+            turns = thinker.unthought()
+            category, said = turns[-1].category, messages(turns)
             for message in said[1::2]:
                 message["content"] = EMPTY + message["content"]
-            yield {"messages": said, "lang": lang, "category": kind}
-            continue
-        problem = thinkers[lang].any()
-        answer = {"role": "assistant", "content": problem.answer}
-        if kind == "thought":
-            answer["reasoning_content"] = "\n".join(problem.steps)
-        else:
-            answer["content"] = EMPTY + problem.answer
-        user = {"role": "user", "content": problem.question}
-        yield {"messages": [user, answer], "lang": lang, "category": problem.category}
+        yield {"messages": said, "lang": thinker.talk.lang, "category": category}
 
 
 def eval_(world: World) -> Iterator[dict[str, Any]]:
@@ -95,14 +105,14 @@ def eval_(world: World) -> Iterator[dict[str, Any]]:
                     "question": problem.question,
                     "answer": _final(problem),
                     "messages": [{"role": "user", "content": problem.question}],
-                    "reasoning_content": "\n".join(problem.steps),
+                    "reasoning_content": problem.thinking,
                     "lang": lang,
                     "category": category,
                 }
 
 
 def _final(problem: Problem) -> str:
-    """A number is judged by itself, a fact by its sentence."""
+    """A number is judged by itself, facts by their sentences."""
     return problem.answer if problem.category == "chain" else problem.answer.rstrip(".。").rpartition("=")[2]
 
 
