@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support import kllm
 
 from kllm.errors import KllmError
+from kllm.export.adapter import write_peft
 from kllm.export.hf import save_model
 from kllm.export.load import load_model
 from kllm.model.presets import ModelShape
@@ -355,15 +356,14 @@ def test_a_run_goes_on_with_its_model_not_with_a_rounded_export(tmp_path: Path) 
 def test_what_is_read_is_never_replaced(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     save_model(*load_model(source), out)
-    (out / "adapter").mkdir()
+    a, b = torch.randn(2, 32), torch.randn(32, 2)
+    write_peft({"model.layers.0.self_attn.q_proj": (a, b)}, out / "adapter", alpha=2, rank=2, base="x")
     with pytest.raises(KllmError, match="lies in it"):
         convert(Conversion(str(source), out, adapters=(str(out / "adapter"),), overwrite=True))
     assert (out / "adapter").is_dir()
 
 
 def test_a_peft_folder_is_not_written_as_another(source: Path, tmp_path: Path) -> None:
-    from kllm.export.adapter import write_peft
-
     a, b = torch.randn(2, 32), torch.randn(32, 2)
     write_peft({"model.layers.0.self_attn.q_proj": (a, b)}, tmp_path / "a", alpha=2, rank=2, base="x")
     with pytest.raises(KllmError, match="is a PEFT folder already"):
