@@ -44,25 +44,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if w is not None:
                 grad.mul_(w[:, None])
             grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight.to(hidden.dtype), out=grad_hidden[start : start + chunk])
-            if grad_weight is not None:
-                if hidden.dtype == torch.float32:
-                    grad_weight.addmm_(grad.t(), h)
-                else:
-                    grad_weight += grad.t() @ h
+            fold_gradient(grad, h, weight, grad_hidden, grad_weight, slice(start, start + chunk))
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(scale.to(grad_hidden.dtype))
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(scale.to(grad_weight.dtype))
-        return grad_hidden, grad_weight, None, None, None
+        return (*scaled_gradients(ctx.saved_tensors, grads[0]), None, None, None)
+
+
+def fold_gradient(
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    part: slice,
+) -> None:
+    """Adds what the gradient of logits [n, V] means for dH [T, H], its rows `part`, and dW [V, H]."""
+    if grad_hidden is not None:
+        torch.mm(grad, weight.to(h.dtype), out=grad_hidden[part])
+    if grad_weight is not None:
+        if h.dtype == torch.float32:
+            grad_weight.addmm_(grad.t(), h)
+        else:
+            grad_weight += grad.t() @ h
+
+
+def scaled_gradients(saved: tuple[Tensor | None, ...], scale: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass of gradients that the forward pass made, in place: it works once."""
+    return tuple(None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in saved)
 
 
 def linear_cross_entropy(

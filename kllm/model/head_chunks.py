@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kllm.model.head import fold_gradient, scaled_gradients
+
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(float32 logits [n, V], which of the rows they are) -> (scalar sum, float32 [figures] sums to report)."""
 
@@ -46,13 +48,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if not loss.requires_grad:  # nothing in this chunk depends on the logits
                 continue
             grad = torch.autograd.grad(loss, logits)[0].to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight.to(hidden.dtype), out=grad_hidden[part])
-            if grad_weight is not None:
-                if hidden.dtype == torch.float32:
-                    grad_weight.addmm_(grad.t(), h)
-                else:
-                    grad_weight += grad.t() @ h
+            fold_gradient(grad, h, weight, grad_hidden, grad_weight, part)
             del logits, loss, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(sums)
@@ -60,13 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(scale.to(grad_hidden.dtype))
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(scale.to(grad_weight.dtype))
-        return grad_hidden, grad_weight, None, None, None
+        return (*scaled_gradients(ctx.saved_tensors, grads[0]), None, None, None)
 
 
 def chunked_loss(
