@@ -103,7 +103,17 @@ def test_adapters_preferences_and_distillation(lab: Path) -> None:
         if words[0] == "chat":
             words += ["--prompt", "how many birds in 3?", "--max-tokens", "4"]
         if words[0] in ("lora", "dpo", "distill"):
-            words += ["--steps", "2", "--seq-len", "128", "--batch-tokens", "512", "-q"]
+            words += [
+                "--steps",
+                "2",
+                "--seq-len",
+                "128",
+                "--batch-tokens",
+                "512",
+                "--train.compile",
+                "off",
+                "-q",
+            ]
             if "--online" in words or "--distill.on_policy" in words:
                 words += [word for pair in few.items() for word in pair]
         kllm(*words, cwd=lab)
