@@ -16,12 +16,6 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """`-n auto`: half as many workers again as cores, for a third of the time is waiting for processes and clocks."""
-    return max(1, (os.cpu_count() or 1) * 3 // 2)
-
-
 @pytest.fixture(scope="session")
 def data_kit() -> Path:
     """The folder with real data; tests that use it are skipped where it is absent."""
