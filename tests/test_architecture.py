@@ -16,10 +16,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = [
     {"errors"},
-    {"files"},
+    {"files", "http_client"},
     {"config"},
     {"observe", "tokenizer", "model", "optim"},
-    {"data", "engine", "export"},
+    {"data", "engine", "export", "tools"},
     {"train"},
     {"objectives", "rl"},
     {"eval", "serve", "chat"},

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from kllm.run.http_client import Answer, Connection, Target
+from kllm.http_client import Answer, Connection, Target
 
 
 @dataclass

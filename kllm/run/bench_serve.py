@@ -18,10 +18,10 @@ from itertools import islice
 from typing import Any
 
 from kllm.errors import KllmError, UserError
+from kllm.http_client import Target
 from kllm.run import bench
 from kllm.run.bench_client import Manners, Outcome, read_stream
 from kllm.run.bench_server import OwnServer, first_model, settled, work_done
-from kllm.run.http_client import Target
 
 Say = Callable[[str], None]
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from kllm.errors import EXIT_USAGE, KllmError, UserError
-from kllm.run.http_client import Target, fetch
+from kllm.http_client import Target, fetch
 
 _URL = re.compile(r"https?://([\w.\-]+|\[[0-9a-fA-F:]+\]):([1-9]\d*)")
 

@@ -12,7 +12,6 @@ import email.utils
 import json
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from typing import Any
 
 from kllm.data.messages import Message
 from kllm.errors import KllmError, UserError
+from kllm.http_client import NoAnswer, Target, error_of, request
 from kllm.run.collect_journal import Reply
-from kllm.run.http_client import NoAnswer, Target, request
 
 _LONGEST_PAUSE = 60.0  # seconds between two tries that the server did not ask for
 _LONGEST_WAIT = 600.0  # and that it did: beyond, the run ends
@@ -93,7 +92,7 @@ class RemoteTeacher:
         timeout: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._target = _api(Target.parse(url, key, where="endpoint"))
+        self._target = Target.parse(url, key, where="endpoint").versioned()
         self._key_name, self.sampling, self._say = key_name, sampling, say
         self._retries, self._backoff, self._timeout = retries, backoff, timeout
         self.model = model or ""
@@ -152,7 +151,7 @@ class RemoteTeacher:
         if status == 200:
             return _reply(raw)
         self._judge(status, raw)
-        raise _Trouble(f"http {status}", _error(raw)[0], _retry_after(headers))
+        raise _Trouble(f"http {status}", error_of(raw)[0], _retry_after(headers))
 
     async def _request(
         self, method: str, path: str, body: Any, timeout: float
@@ -167,7 +166,7 @@ class RemoteTeacher:
 
     def _judge(self, status: int, raw: bytes) -> None:
         """Raises for what asking again does not help."""
-        message, code = _error(raw)
+        message, code = error_of(raw)
         said = f": {message}" if message else ""
         hint = f"set {self._key_name}"
         where = self._target.url
@@ -214,22 +213,11 @@ class RemoteTeacher:
         if status in (401, 403):
             self._judge(401, raw)
         if status >= 500 and not self.model:
-            raise KllmError(f"it is not ready (http {status}: {_error(raw)[0]})", where=self._target.url)
+            raise KllmError(f"it is not ready (http {status}: {error_of(raw)[0]})", where=self._target.url)
         try:
             return [str(row["id"]) for row in json.loads(raw)["data"]] if status == 200 else []
         except (ValueError, LookupError, TypeError):
             return []
-
-
-def _api(target: Target) -> Target:
-    """The target with the whole path before `/chat/completions`.
-
-    Most servers have `/v1`; an address that names a version itself is taken as it is.
-    """
-    base = target.base.removesuffix("/chat/completions")
-    if not re.search(r"/v\d", base):
-        base += "/v1"
-    return Target(target.host, target.port, base, target.tls, target.key)
 
 
 def _wire(message: Message) -> Message:
@@ -256,7 +244,7 @@ def _reply(raw: bytes) -> Reply:
     try:
         found = json.loads(raw)
         if isinstance(found, dict) and found.get("error") and not found.get("choices"):
-            raise _Trouble("error instead of an answer", _error(raw)[0])
+            raise _Trouble("error instead of an answer", error_of(raw)[0])
         choice = found["choices"][0]
         message = choice["message"]
         usage = found.get("usage") or {}
@@ -283,19 +271,6 @@ def _text(content: Any, kept: dict[str, Any]) -> str:
     if thoughts:
         kept.setdefault("reasoning_content", "\n".join(thoughts))
     return "".join(str(part["text"]) for part in parts if isinstance(part.get("text"), str))
-
-
-def _error(raw: bytes) -> tuple[str, str]:
-    """(message, code) of an error's body, in whichever of the usual places."""
-    try:
-        found = json.loads(raw)
-        error = found.get("error", found)
-        if isinstance(error, str):
-            return error[:300], ""
-        words = error.get("message") or error.get("detail") or found.get("detail") or ""
-        return str(words)[:300], str(error.get("code") or error.get("type") or "").casefold()
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return " ".join(raw[:200].decode(errors="replace").split()), ""
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -94,7 +94,7 @@ class LocalTeacher:
         finally:
             self._waiting.pop(number, None)
         # the template may have opened the thinking, so that the answer begins inside it
-        from kllm.serve.thinking import starts_thinking
+        from kllm.tokenizer.thinking import starts_thinking
 
         opening = "<think>\n" if starts_thinking(self._tokenizer, prompt) else ""
         message = {"content": opening + done.text}

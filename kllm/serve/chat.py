@@ -12,22 +12,22 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, WithJsonSchema
 from starlette.responses import JSONResponse
 
+from kllm.engine.answer import Answer, Reading, delta_of, message_of, usage_of
 from kllm.errors import UserError
-from kllm.serve.answer import Answer, Reading, delta_of, message_of, usage_of
 from kllm.serve.body import parsed
 from kllm.serve.errors import ApiError, from_user_error, internal_error
 from kllm.serve.fields import Flag, Integer, SamplingFields, room
 from kllm.serve.logprobs import chat_entry
 from kllm.serve.openapi import described
-from kllm.serve.parts import Part
 from kllm.serve.prompt import SECONDS, ConversationFields, rendered
 from kllm.serve.runtime import until_disconnect
 from kllm.serve.sse import EventStream, event
 from kllm.serve.structured import Grammar, StructuredFields, compiled
-from kllm.serve.thinking import END_THINK
-from kllm.serve.toolcalls import TOOL_CALL
 from kllm.serve.tools import CHOICE_SCHEMA, ToolPlan, tool_plan
 from kllm.serve.worker import TookTooLong, limited
+from kllm.tokenizer.parts import Part
+from kllm.tokenizer.thinking import END_THINK
+from kllm.tokenizer.toolcalls import TOOL_CALL
 
 if TYPE_CHECKING:
     from kllm.engine.params import SamplingParams
@@ -139,7 +139,9 @@ async def prepared(body: ChatRequest, served: Served, settings: Settings) -> Cha
         tokenizer,
         thinking=prompt.thinking,
         split=settings.reasoning_field != "none",
-        plan=plan,
+        parsed=plan.parsed,
+        guaranteed=plan.forced is not None,
+        several=plan.several,
         prompt=prompt.ids,
         constrained=grammar is not None and plan.forced is None,
         stop_ids=frozenset(

@@ -13,9 +13,9 @@ from kllm.errors import UserError
 from kllm.serve.errors import ApiError, context_error, from_user_error
 from kllm.serve.fields import Fields, Flag, Integer, Text
 from kllm.serve.messages import MESSAGES_SCHEMA, checked_messages
-from kllm.serve.thinking import starts_thinking
 from kllm.serve.tools import TOOLS_SCHEMA, checked_tools
 from kllm.serve.worker import TookTooLong, limited
+from kllm.tokenizer.thinking import starts_thinking
 
 if TYPE_CHECKING:
     from kllm.serve.runtime import EngineRuntime

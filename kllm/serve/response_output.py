@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kllm.serve.parts import Part
+from kllm.tokenizer.parts import Part
 
 Event = dict[str, Any]  # "type" and what belongs to it, without the sequence number
 

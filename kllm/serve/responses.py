@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, WithJsonSchema
 from starlette.responses import JSONResponse
 
-from kllm.serve.answer import Answer, usage_of
+from kllm.engine.answer import Answer, usage_of
 from kllm.serve.body import parsed, validated
 from kllm.serve.chat import ChatJob, ChatRequest, prepared
 from kllm.serve.errors import ApiError, internal_error

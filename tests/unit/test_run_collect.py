@@ -20,12 +20,12 @@ from data_tools import write_jsonl
 from kllm.data.formats import normalise
 from kllm.data.sources import iter_records
 from kllm.errors import KllmError, UserError
+from kllm.http_client import Target
 from kllm.observe.console import JsonReporter, QuietReporter
 from kllm.run import collect_client
 from kllm.run.collect import collect
-from kllm.run.collect_client import Sampling, _api, _retry_after
+from kllm.run.collect_client import Sampling, _retry_after
 from kllm.run.collect_filter import Rules
-from kllm.run.http_client import Target
 
 
 def test_answers_become_a_conversation_file_in_the_order_of_the_prompts(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_wrong_options_are_said_in_one_line(tmp_path: Path, changes: dict[str, A
     ],
 )  # fmt: skip
 def test_addresses_as_servers_document_them(url: str, path: str) -> None:
-    assert _api(Target.parse(url)).base == path
+    assert Target.parse(url).versioned().base == path
 
 
 def test_over_tls_with_the_certificate_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

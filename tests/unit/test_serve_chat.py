@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_scripted import THINK, TOOL, Server, chunks_of, fresh_server, joined, says, tokenizer
 
+from kllm.engine.answer import Answer, Reading, delta_of, message_of
 from kllm.engine.params import Event, TokenLogprob
-from kllm.serve.answer import Answer, Reading, delta_of, message_of
 from kllm.serve.settings import Settings
 from kllm.serve.tools import ToolPlan
 
@@ -131,7 +131,7 @@ def test_logprobs_cover_the_text_and_only_that(server: Server) -> None:
 def test_logprobs_wait_for_their_text() -> None:
     tok = tokenizer()
     ids = tok.encode("囍 cat")  # 囍 is three tokens here
-    answer = Answer(Reading(tok, False, True, ToolPlan()))
+    answer = Answer(Reading(tok, False, True))
     decoder = tok.stream_decoder()
     seen = []
     for i in ids:
@@ -245,7 +245,7 @@ def test_steps_do_not_matter(
     tok = tokenizer()
     ids = tok.encode_raw(text)
     plan = ToolPlan([TOOL], parsed=True, forced=[] if forced else None, several=several)
-    reading = Reading(tok, thinking, True, plan)
+    reading = Reading(tok, thinking, True, plan.parsed, plan.forced is not None, plan.several)
 
     def read(steps: list[list[int]]) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
         answer, decoder, parts = Answer(reading), tok.stream_decoder(), []

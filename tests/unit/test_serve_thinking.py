@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_scripted import tokenizer
 
+from kllm.engine.answer import Answer, Reading, message_of
 from kllm.engine.params import Event
-from kllm.serve.answer import Answer, Reading, message_of
-from kllm.serve.parts import Lexer, Mark
-from kllm.serve.thinking import starts_thinking
-from kllm.serve.tools import ToolPlan
 from kllm.tokenizer.chat import ChatEncoder
+from kllm.tokenizer.parts import Lexer, Mark
+from kllm.tokenizer.thinking import starts_thinking
 
 
 class Bare:
@@ -34,7 +33,7 @@ def split(
     text: str, *, thinking: bool, cuts: tuple[int, ...] = (), by_token: bool = False
 ) -> tuple[str, str]:
     """(reasoning, content) of an answer whose text comes cut, from a tokenizer with or without the marks."""
-    reading = Reading(tokenizer() if by_token else Bare(), thinking, True, ToolPlan())  # type: ignore[arg-type]
+    reading = Reading(tokenizer() if by_token else Bare(), thinking, True)  # type: ignore[arg-type]
     answer, parts = Answer(reading), []
     if by_token:
         ids = tokenizer().encode_raw(text)
@@ -105,7 +104,7 @@ def test_marks_by_token_and_by_text_agree_on_what_the_model_meant(text: str, thi
 def test_letters_that_are_no_token_are_no_mark() -> None:
     tok = tokenizer()
     ids = [*tok.encode("say </think> x"), tok.added_tokens["</think>"], *tok.encode("Hello")]
-    answer = Answer(Reading(tok, True, True, ToolPlan()))
+    answer = Answer(Reading(tok, True, True))
     parts = answer.take(Event(1, tuple(ids), tok.decode(ids), "stop"))
     message = message_of(parts, "reasoning_content")
     assert (message["reasoning_content"], message["content"]) == ("say </think> x", "Hello")

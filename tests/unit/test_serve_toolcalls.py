@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_scripted import CALL
 
-from kllm.serve.parts import Lexer, Part, merged
-from kllm.serve.toolcalls import END_TOOL_CALL, TOOL_CALL, ToolCallParser, new_call_id, read_call
+from kllm.tokenizer.parts import Lexer, Part, merged
+from kllm.tokenizer.toolcalls import END_TOOL_CALL, TOOL_CALL, ToolCallParser, new_call_id, read_call
 
 
 def parse(text: str, cuts: tuple[int, ...] = (), **options: Any) -> list[Part]:

@@ -10,11 +10,12 @@ import asyncio
 import errno
 import functools
 import json
+import re
 import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,6 +65,14 @@ class Target:
             raise UserError("the key has a character that no key has", hint="perhaps a line break")
         base = parts.path.rstrip("/").removesuffix("/v1")
         return cls(parts.hostname, port, base, parts.scheme == "https", key)
+
+    def versioned(self) -> Target:
+        """The target with the whole path before `/chat/completions`.
+
+        Most servers have `/v1`; an address that names a version itself is taken as it is.
+        """
+        base = self.base.removesuffix("/chat/completions")
+        return replace(self, base=base if re.search(r"/v\d", base) else f"{base}/v1")
 
 
 class NoAnswer(KllmError):
@@ -254,3 +263,16 @@ async def fetch(
     """Status and whole body; see `request`."""
     status, _, content = await request(target, method, path, body, timeout)
     return status, content
+
+
+def error_of(raw: bytes) -> tuple[str, str]:
+    """(message, code) of an error's body, in whichever of the usual places."""
+    try:
+        found = json.loads(raw)
+        error = found.get("error", found)
+        if isinstance(error, str):
+            return error[:300], ""
+        words = error.get("message") or error.get("detail") or found.get("detail") or ""
+        return str(words)[:300], str(error.get("code") or error.get("type") or "").casefold()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return " ".join(raw[:200].decode(errors="replace").split()), ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kllm.serve.parts import Mark, Part
+from kllm.tokenizer.parts import Mark, Part
 from kllm.tokenizer.tokenizer import Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kllm.engine.request import answer_decoder
-from kllm.serve.parts import Lexer, Mark, Part, merged
-from kllm.serve.thinking import END_THINK, THINK, ThinkingSplitter
-from kllm.serve.toolcalls import END_TOOL_CALL, TOOL_CALL, ToolCallParser
+from kllm.tokenizer.parts import Lexer, Mark, Part, merged
+from kllm.tokenizer.thinking import END_THINK, THINK, ThinkingSplitter
+from kllm.tokenizer.toolcalls import END_TOOL_CALL, TOOL_CALL, ToolCallParser
 
 if TYPE_CHECKING:
     from kllm.engine.params import Event, TokenLogprob
-    from kllm.serve.tools import ToolPlan
     from kllm.tokenizer.tokenizer import Tokenizer
 
 _PAIRS = ((THINK, END_THINK), (TOOL_CALL, END_TOOL_CALL))
@@ -30,7 +29,9 @@ class Reading:
         tokenizer: the model's.
         thinking: the prompt ends inside a think block.
         split: reasoning is told apart from content; else its tags stay in the content.
-        plan: of the tools.
+        parsed: tool calls are looked for.
+        guaranteed: a grammar makes the calls.
+        several: more than one call is allowed.
         constrained: a grammar of the request makes the content, so only marks that are tokens count in it.
         stop_ids: tokens that end an answer and are no part of its text.
         prompt: its tokens; an answer may go on in the middle of a word.
@@ -39,7 +40,9 @@ class Reading:
     tokenizer: Tokenizer
     thinking: bool
     split: bool
-    plan: ToolPlan
+    parsed: bool = False
+    guaranteed: bool = False
+    several: bool = True
     constrained: bool = False
     stop_ids: frozenset[int] = frozenset()
     prompt: Sequence[int] = ()
@@ -47,7 +50,7 @@ class Reading:
     def marks(self) -> dict[str, int | None]:
         """The marks to look for, with their tokens."""
         added = self.tokenizer.added_tokens
-        wanted = [*(_PAIRS[0] if self.split else ()), *(_PAIRS[1] if self.plan.parsed else ())]
+        wanted = [*(_PAIRS[0] if self.split else ()), *(_PAIRS[1] if self.parsed else ())]
         marks = {text: added.get(text) for text in wanted}
         if self.constrained:
             kept = {END_THINK} if self.thinking else set()
@@ -85,10 +88,9 @@ class Answer:
         shown = reading.shown()
         self._lexer = Lexer(reading.marks(), answer_decoder(reading.tokenizer, reading.prompt, shown))
         self._splitter = ThinkingSplitter(thinking=reading.thinking) if reading.split else None
-        plan = reading.plan
         self._tools: ToolCallParser | None = None
-        if plan.parsed:
-            self._tools = ToolCallParser(guaranteed=plan.forced is not None, single=not plan.several)
+        if reading.parsed:
+            self._tools = ToolCallParser(guaranteed=reading.guaranteed, single=not reading.several)
         # Where tags stay in the content, the one that the prompt opened is put back, or nothing closes.
         self._opening = f"{THINK}\n" if reading.thinking and not reading.split else ""
         self._waiting: list[TokenLogprob] = []

@@ -14,7 +14,7 @@ import secrets
 import string
 from collections.abc import Callable
 
-from kllm.serve.parts import Mark, Part
+from kllm.tokenizer.parts import Mark, Part
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 _LONE = re.compile("[\ud800-\udfff]")  # half a character, which a model may spell in an escape
