@@ -127,10 +127,21 @@ def fake_app(fake: Fake) -> FastAPI:
             raise ApiError(429, "queue full", code="queue_full", headers={"Retry-After": "3"})
         if "toolong" in asked:
             raise ApiError(400, "maximum context length is 512", code="context_length_exceeded")
-        return StreamingResponse(_stream(fake, body, asked), media_type="text/event-stream; charset=utf-8")
+        return Stream(_stream(fake, body, asked), media_type="text/event-stream; charset=utf-8")
 
     app.include_router(router)
     return app
+
+
+class Stream(StreamingResponse):
+    """Ends its generator as soon as the client has left: one that is cancelled while it sends only stops
+    waiting, and the generator would linger until the next garbage collection."""
+
+    async def __call__(self, *scope: Any) -> None:
+        try:
+            await super().__call__(*scope)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 async def _stream(fake: Fake, body: dict[str, Any], asked: str) -> AsyncIterator[str]:
