@@ -18,8 +18,8 @@ LEVELS = [
     {"errors"},
     {"files", "http_client"},
     {"config"},
-    {"observe", "tokenizer", "model", "optim"},
-    {"data", "engine", "export", "tools"},
+    {"observe", "tokenizer", "model", "optim", "tools"},
+    {"data", "engine", "export"},
     {"train"},
     {"objectives", "rl"},
     {"eval", "serve", "chat"},
@@ -53,6 +53,7 @@ NO_TORCH = (
     "errors.py",
     "files.py",
     "model/presets.py",
+    "tools/",
 )
 MAX_FILE, MAX_FUNCTION = 400, 60
 
