@@ -14,7 +14,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -107,6 +107,25 @@ class Answer:
             yield piece
         if left > 0:
             raise asyncio.IncompleteReadError(b"", left)
+
+    async def events(self, touch: Callable[[], None] = lambda: None) -> AsyncIterator[bytes]:
+        """The data of each server-sent event of the body; comments, which keep it alive, are dropped.
+
+        Args:
+            touch: called whenever bytes come.
+
+        Raises:
+            as `pieces`.
+        """
+        held = b""
+        async for piece in self.pieces():
+            touch()
+            *lines, held = (held + piece).split(b"\n")
+            if len(held) > _MOST:
+                raise ValueError(f"an event is longer than {_MOST >> 20} MiB")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    yield line[5:].strip()
 
 
 class Connection:
@@ -234,10 +253,11 @@ async def request(
                     raise ValueError(f"the answer is longer than {_MOST >> 20} MiB")
             return answer.status, answer.headers, bytes(content)
     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-        raise _no_answer(error, target, where, timeout if connection.starved else None) from None
+        raise no_answer(error, target, where, timeout if connection.starved else None) from None
 
 
-def _no_answer(error: Exception, target: Target, where: str, waited: float | None) -> NoAnswer:
+def no_answer(error: Exception, target: Target, where: str, waited: float | None) -> NoAnswer:
+    """What broke a request, in a line; `waited`: seconds after which the silence was given up."""
     if waited is not None:
         silent = NoAnswer(f"no answer in {waited:g} s", where=where)
         silent.silent = True

@@ -21,6 +21,7 @@ from kllm.data.messages import Message
 from kllm.errors import KllmError, UserError
 from kllm.http_client import NoAnswer, Target, error_of, request
 from kllm.run.collect_journal import Reply
+from kllm.tokenizer.messages import wire
 
 _LONGEST_PAUSE = 60.0  # seconds between two tries that the server did not ask for
 _LONGEST_WAIT = 600.0  # and that it did: beyond, the run ends
@@ -121,7 +122,7 @@ class RemoteTeacher:
             Refused: not this time.
             KllmError: no question will be answered.
         """
-        body: dict[str, Any] = {"model": self.model, "messages": list(map(_wire, messages))}
+        body: dict[str, Any] = {"model": self.model, "messages": list(map(wire, messages))}
         if tools:
             body["tools"] = list(tools)
         if seed is not None:
@@ -218,21 +219,6 @@ class RemoteTeacher:
             return [str(row["id"]) for row in json.loads(raw)["data"]] if status == 200 else []
         except (ValueError, LookupError, TypeError):
             return []
-
-
-def _wire(message: Message) -> Message:
-    """A message as the protocol has it: no reasoning of earlier turns, arguments of tool calls as text."""
-    message = {k: v for k, v in message.items() if k != "reasoning_content"}  # DeepSeek refuses it
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for number, call in enumerate(message["tool_calls"]):
-        function = call["function"]
-        arguments = function["arguments"]
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        calls.append({"id": f"call_{number}", **call, "function": {**function, "arguments": arguments}})
-    return {**message, "tool_calls": calls}
 
 
 def _reply(raw: bytes) -> Reply:

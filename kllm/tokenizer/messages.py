@@ -102,6 +102,21 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {**call, "function": inner} if "function" in call else inner
 
 
+def wire(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as the protocol has it: no reasoning of earlier turns, arguments of tool calls as text."""
+    message = {k: v for k, v in message.items() if k != "reasoning_content"}  # DeepSeek refuses it
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = []
+    for number, call in enumerate(message["tool_calls"]):
+        function = call["function"]
+        arguments = function["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append({"id": f"call_{number}", **call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
+
+
 class Neutraliser:
     """Breaks the texts of added tokens in words that are not the template's.
 

@@ -16,7 +16,7 @@ from kllm.tools.clock import clock
 from kllm.tools.tool import Tool, ToolError, tool_of
 
 if TYPE_CHECKING:
-    from kllm.tools.sandbox import Limits, Sandbox
+    from kllm.tools.sandbox import Limits, Ran, Sandbox
 
 BUILTIN: dict[str, Callable[..., Any]] = {"calculator": calculator, "clock": clock}
 PYTHON = "python"
@@ -99,6 +99,7 @@ class Toolbox:
 
     Args:
         tools: as `find_tools` gives them. `python` runs in a sandbox of this box, started when first used.
+        code: there is a sandbox for `run` even without `python`; the other tools are functions in it.
         unsafe_python: run it where nothing can be locked, too.
         limits: of the sandbox.
         interrupted: asked while code runs; True ends it.
@@ -111,6 +112,7 @@ class Toolbox:
         self,
         tools: Sequence[Tool],
         *,
+        code: bool = False,
         unsafe_python: bool = False,
         limits: Limits | None = None,
         interrupted: Callable[[], bool] | None = None,
@@ -118,12 +120,13 @@ class Toolbox:
         self.tools = {tool.name: tool for tool in tools}
         self.interrupted = interrupted
         self.sandbox: Sandbox | None = None
-        if any(tool.function is python for tool in tools):
+        if code or any(tool.function is python for tool in tools):
             from kllm.tools.sandbox import Limits, Sandbox, check_platform
 
             if not unsafe_python:
                 check_platform()
-            self.sandbox = Sandbox(limits=limits or Limits(), unsafe=unsafe_python)
+            functions = {tool.name: tool.invoke for tool in self.functions()} if code else {}
+            self.sandbox = Sandbox(functions, limits=limits or Limits(), unsafe=unsafe_python)
 
     def __enter__(self) -> Toolbox:
         return self
@@ -135,6 +138,15 @@ class Toolbox:
         """Ends the sandbox."""
         if self.sandbox is not None:
             self.sandbox.close()
+
+    def functions(self) -> list[Tool]:
+        """The tools that code may call: all but `python` itself."""
+        return [tool for tool in self.tools.values() if tool.function is not python]
+
+    def run(self, code: str) -> Ran:
+        """Runs code in the box's sandbox; variables are kept."""
+        assert self.sandbox is not None
+        return self.sandbox.run(code, self.interrupted)
 
     def schemas(self) -> list[dict[str, Any]]:
         """For the model, as chat templates and the OpenAI API take them."""
@@ -158,9 +170,7 @@ class Toolbox:
 
     def _python(self, tool: Tool, arguments: str) -> str:
         """Runs code; its own errors are part of its output, as in a REPL."""
-        assert self.sandbox is not None
-        code = tool.checked(arguments)["code"]
-        ran = self.sandbox.run(code, self.interrupted)
+        ran = self.run(tool.checked(arguments)["code"])
         if ran.error is not None:
             raise ToolError(ran.output or ran.error)
         return ran.output or "(no output)"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import to_jsonable_python
+from pydantic_core import to_json
 
 from kllm.errors import UserError
 
@@ -112,7 +112,7 @@ class Tool:
 
     def _run(self, values: Mapping[str, Any]) -> Any:
         try:
-            return to_jsonable_python(self.function(**values), fallback=str, inf_nan_mode="strings")
+            return json.loads(to_json(self.function(**values), fallback=str, inf_nan_mode="strings"))
         except ToolError:
             raise
         except Exception as error:

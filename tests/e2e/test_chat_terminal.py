@@ -1,190 +1,300 @@
-"""`kllm chat` in a real pseudo-terminal and in a pipe."""
+"""`kllm chat` on a terminal, key by key, and in a pipe."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import select
+import json
 import signal
 import subprocess
-import termios
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_support import chat_model
-from support import KLLM, Command, kllm
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"}
-ENV.pop("NO_COLOR", None)
+from scripted_server import Scripted, calls, serving
+from support import Command, kllm
+from terminal import ENV, Terminal
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_model(tmp_path_factory.mktemp("chat") / "m")
 
 
-def command(model_dir, max_tokens=8, prompt=None):
-    options = ["--max-tokens", str(max_tokens), "--temperature", "0", "--device", "cpu"]
-    options += ["--prompt", prompt] if prompt else []
-    return ["chat", str(model_dir), *options]
+def command(model: Path | str, *more: str, max_tokens: int = 8) -> list[str]:
+    return [
+        "chat",
+        str(model),
+        "--max-tokens",
+        str(max_tokens),
+        "--temperature",
+        "0",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
-class Terminal:
-    """`kllm` on its own controlling terminal, with what it printed so far."""
-
-    def __init__(self, args, fresh):
-        self.master, slave = pty.openpty()
-
-        def own_terminal():
-            os.setsid()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit that it is ignored
-            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-
-        files = {"stdin": slave, "stdout": slave, "stderr": slave, "env": ENV}
-        if fresh:
-            self.process = subprocess.Popen([*KLLM, *args], preexec_fn=own_terminal, **files)
-        else:
-            self.process = Command(*args, cwd=Path.cwd(), terminal=True, **files)
-        os.close(slave)
-        self.text = ""
-        self._at = 0
-
-    def read(self, seconds):
-        if select.select([self.master], [], [], seconds)[0]:
-            try:
-                self.text += os.read(self.master, 65536).decode("utf-8", "replace")
-            except OSError:  # Linux says this at the end of the other side
-                return False
-        return True
-
-    def expect(self, wanted, seconds=40):
-        """Waits for `wanted` after what was last waited for; returns what came before it."""
-        end = time.monotonic() + seconds
-        while wanted not in self.text[self._at :]:
-            assert time.monotonic() < end, f"no {wanted!r} in {self.text[self._at :]!r}"
-            if not self.read(0.2) and wanted not in self.text[self._at :]:
-                pytest.fail(f"ended without {wanted!r}: {self.text[self._at :]!r}")
-        found = self.text.index(wanted, self._at)
-        before, self._at = self.text[self._at : found], found + len(wanted)
-        return before
-
-    def grow(self, characters):
-        """Waits for that much more output."""
-        end = time.monotonic() + 40
-        while len(self.text) - self._at < characters:
-            assert time.monotonic() < end and self.read(0.2), self.text[self._at :]
-
-    def type(self, text):
-        os.write(self.master, text.encode())
-
-    def ctrl_c(self):
-        """Presses Ctrl-C once the program waits for a key.
-
-        Python's readline misses a signal that comes just before it starts to wait, until the next key.
-        """
-        status = Path(f"/proc/{self.process.pid}/stat")
-        asleep = 0
-        while asleep < 4:
-            time.sleep(0.05)
-            waits = not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "S"
-            asleep = asleep + 1 if waits else 0
-        self.type("\x03")
-
-    def close(self):
-        while self.process.poll() is None and self.read(0.2):
-            pass
-        code = self.process.wait(20)
-        os.close(self.master)
-        return code
+Start = Callable[..., Terminal]
 
 
 @pytest.fixture
-def terminal():
-    opened = []
+def terminal(tmp_path: Path) -> Iterator[Start]:
+    opened: list[Terminal] = []
+    state = {**ENV, "XDG_STATE_HOME": str(tmp_path / "state")}
 
-    def start(args, fresh=False):
-        opened.append(Terminal(args, fresh))
+    def start(args: list[str], env: dict[str, str] | None = None, **options: Any) -> Terminal:
+        opened.append(Terminal(args, cwd=tmp_path, env={**state, **(env or {})}, **options))
         return opened[-1]
 
     yield start
     for one in opened:
-        if one.process.poll() is None:
-            one.process.send_signal(signal.SIGKILL)
-            one.process.wait()
+        one.kill()
 
 
-def test_a_session_with_interrupts(model_dir, terminal):
+def script(body: dict[str, Any]) -> Any:
+    """What the scripted model says, by the last message."""
+    last = body["messages"][-1]
+    asked = last["content"]
+    if last["role"] == "tool":
+        return [f"It is **{asked}**."]
+    if "calculate" in asked:
+        return calls(("calculator", {"expression": "123*456"}))
+    if "think" in asked:
+        return [{"reasoning_content": "Well, "}, {"reasoning_content": "let me see.\n"}, "Done *thinking*."]
+    if "markdown" in asked:
+        return [
+            "# Title\n\nSome **bold** and `code`.\n\n",
+            "```python\nprint(",
+            "1)\n```\n\n",
+            "- one\n",
+            "- two",
+        ]
+    if "slow" in asked:
+        return (f"word{i} " for i in range(3000))
+    return [f"You said: {asked}"]
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    with serving(script, pause=0.01) as server:
+        yield server
+
+
+def test_a_session_with_interrupts(model_dir: Path, terminal: Start) -> None:
     tty = terminal(command(model_dir, max_tokens=7000), fresh=True)
-    tty.expect("/help lists the commands")
-    tty.expect(">>> ")
-    tty.type("where is the cat?\r")
-    tty.expect("cat?\r\n")
-    tty.grow(60)
+    tty.sees("/help lists the commands")
+    tty.say("where is the cat?")
+    tty.until(lambda: len(tty.raw) > 3000)
     tty.type("\x03")
-    tty.expect("[cut]", 10)
-    tokens = int(tty.expect(" tokens").split("m")[-1].split()[-1])
-    assert 0 < tokens < 6000
-    tty.expect(">>> ")
-    tty.type("/set max_tokens=6\r")
-    tty.expect("max_tokens=6")
-    tty.expect(">>> ")
-    tty.type("你好，猫在哪里？\r")  # another question, in Chinese
-    tty.expect("6 tokens")
-    tty.expect(">>> ")
-    tty.type("/stats\r")
-    tty.expect("2 turns")
-    tty.expect(">>> ")
-    tty.type("/retry\r")
-    tty.expect("6 tokens")
-    tty.expect(">>> ")
-    tty.type("/undo\r")
-    tty.expect("forgot: 你好，猫在哪里？")
-    tty.expect(">>> ")
-    tty.type("/undo\r")
-    tty.expect("forgot: where is the cat?")
-    tty.expect(">>> ")
-    tty.type("/nonsense\r")
-    tty.expect("error: unknown command /nonsense")
-    tty.expect(">>> ")
+    tty.sees("[cut]", 10)
+    tty.say("/set max_tokens=6")
+    tty.sees("max_tokens=6")
+    tty.say("你好，猫在哪里？")  # another question, in Chinese
+    tty.sees("6 tokens")
+    tty.say("/stats")
+    tty.sees("2 turns")
+    tty.say("/retry")
+    tty.sees("6 tokens", times=3)  # the answer's, the statistics', the retried one's
+    tty.say("/undo")
+    tty.sees("forgot: 你好，猫在哪里？".replace("，", "， ").replace("， ", "，"))
+    tty.say("/undo")
+    tty.sees("forgot: where is the cat?")
+    tty.say("/nonsense")
+    tty.sees("error: unknown command /nonsense")
+    tty.ready()
+    tty.type("\x04")
+    assert tty.close() == 0 and "Traceback" not in tty.text
+
+
+def test_ctrl_c_at_the_prompt_hints_then_leaves(model_dir: Path, terminal: Start) -> None:
+    tty = terminal(command(model_dir))
+    tty.ready()
+    tty.type("half a line")
+    tty.sees(">>> half a line")
+    tty.type("\x03")  # throws the line away, no more
+    tty.ready()
+    assert "Ctrl-C again" not in tty.text
+    tty.type("\x03")
+    tty.sees("Ctrl-C again or Ctrl-D leaves")
+    tty.say("hi")  # a word between two presses: they do not add up
+    tty.sees("8 tokens")
+    tty.ready()
+    tty.type("\x03")
+    tty.sees("Ctrl-C again", times=2)
+    tty.ready()
+    tty.type("\x03")
+    assert tty.close() == 130 and "Traceback" not in tty.text
+
+
+def test_chinese_line_editing(server: Scripted, terminal: Start) -> None:
+    tty = terminal(["chat", server.url])
+    tty.ready()
+    tty.type("你好世界")
+    tty.until(lambda: tty.column == 4 + 8, 10)  # each character is two columns wide
+    tty.type("\x1b[D\x1b[D")  # left, twice: before 世
+    tty.until(lambda: tty.column == 4 + 4, 10)
+    tty.type("\x7f们")  # backspace takes 好 away
+    tty.until(lambda: tty.column == 4 + 4, 10)
+    tty.type("\x05！\r")  # to the end of the line
+    tty.until(lambda: bool(server.requests))
+    assert server.asked == ["你们世界！"]
+    tty.ready()
+    tty.type("\x1b[A")  # up: what was typed last
+    tty.until(lambda: tty.column == 4 + 10, 10)
+    tty.type("\x15/quit\r")
+    assert tty.close() == 0
+
+
+def test_several_lines_typed_pasted_and_from_another_program(
+    server: Scripted, terminal: Start, tmp_path: Path
+) -> None:
+    outside = tmp_path / "editor"
+    outside.write_text('#!/bin/sh\nprintf "from\\noutside" > "$1"\n')
+    outside.chmod(0o755)
+    tty = terminal(["chat", server.url], env={"VISUAL": str(outside), "EDITOR": str(outside)})
+    wanted = ["first\nsecond 第二", "a\nb\nc", "x\ny", "one\ntwo", "from\noutside"]
+    tty.ready()
+    for keys in (
+        '"""first\rsecond 第二"""\r',
+        "\x1b[200~a\nb\nc\x1b[201~\r",
+        "x\\\ry\r",
+        "one\x1b\rtwo\r",
+        "\x07",
+    ):
+        tty.type(keys)
+        if keys == "\x07":
+            tty.sees("outside")
+            tty.type("\r")
+        count = len(server.requests)
+        tty.until(lambda count=count: len(server.requests) > count)
+        tty.ready()
+    assert server.asked == wanted
+
+
+def test_how_answers_look(server: Scripted, terminal: Start) -> None:
+    tty = terminal(["chat", server.url, "--tools", "calculator"])
+    tty.say("markdown please")
+    tty.sees("tokens/s")
+    text = tty.text
+    assert "Some bold and code." in text and "• one" in text and "print(1)" in text and "```" not in text
+    tty.say("think about it")
+    tty.sees("thought for")
+    tty.sees("Done thinking.")
+    assert "let me see" not in tty.text
+    tty.say("/show thinking")
+    tty.sees("Well, let me see.")
+    tty.say("calculate it")
+    tty.sees("It is 56088.")
+    assert "╭─ calculator" in tty.text and "123*456" in tty.text
+    tty.ready()
     tty.type("\x04")
     assert tty.close() == 0
-    assert "Traceback" not in tty.text
+    assert b"\x1b[" in tty.raw
 
 
-def test_ctrl_c_at_the_prompt_hints_then_leaves(model_dir, terminal):
-    tty = terminal(command(model_dir))
-    tty.expect(">>> ")
-    tty.type("half a line")
-    tty.expect("half a line")
-    tty.ctrl_c()  # throws the line away, no more
-    tty.expect(">>> ")
-    assert "Ctrl-C again" not in tty.text
-    tty.ctrl_c()
-    tty.expect("Ctrl-C again or Ctrl-D leaves")
-    tty.expect(">>> ")
-    tty.type("hi\r")  # a word between two presses: they do not add up
-    tty.expect("8 tokens")
-    tty.expect(">>> ")
-    tty.ctrl_c()
-    tty.expect("Ctrl-C again")
-    tty.expect(">>> ")
-    tty.ctrl_c()
-    assert tty.close() == 130
-    assert "Traceback" not in tty.text
+def test_retry_undo_edit_think_save_and_load(server: Scripted, terminal: Start, tmp_path: Path) -> None:
+    tty = terminal(["chat", server.url])
+    tty.say("one")
+    tty.sees("You said: one")
+    tty.say("/retry")
+    tty.sees("You said: one", times=2)
+    assert len(server.requests) == 2 and len(server.requests[1]["messages"]) == 1
+    tty.say("/edit")
+    tty.until(lambda: tty.line == ">>> one", 10)
+    tty.type(" more\r")
+    tty.sees("You said: one more")
+    assert server.asked[-1] == "one more" and len(server.requests[-1]["messages"]) == 1
+    tty.say("/think off")
+    tty.say("/set temperature=0.5")
+    tty.say("two")
+    tty.sees("You said: two")
+    assert server.requests[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert server.requests[-1]["temperature"] == 0.5
+    tty.say("/save talk.json")
+    tty.sees("4 messages in talk.json")
+    row = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert [m["content"] for m in row["messages"]] == [
+        "one more",
+        "You said: one more",
+        "two",
+        "You said: two",
+    ]
+    tty.say("/clear")
+    tty.say("/load /etc/hostname")
+    tty.sees("error: /etc/hostname: it is no JSON")
+    tty.say("/load talk.json")
+    tty.sees("2 turns from talk.json")
+    tty.say("three")
+    tty.sees("You said: three")
+    assert len(server.requests[-1]["messages"]) == 5
+    tty.say("/stats")
+    tty.sees("3 turns")
+    tty.say("/quit")
+    assert tty.close() == 0
 
 
-def test_a_pipe_gets_plain_text(model_dir):
-    done = kllm(*command(model_dir), cwd=Path.cwd(), stdin="你好\n", env=ENV)
+def test_ctrl_c_stops_a_server_and_the_history_survives(server: Scripted, terminal: Start) -> None:
+    tty = terminal(["chat", server.url], fresh=True)
+    tty.say("slow please")
+    tty.sees("word9")
+    tty.type("\x03")
+    tty.sees("[cut]", 10)
+    tty.until(lambda: server.left == 1, 10)
+    tty.say("next")
+    tty.sees("You said: next")
+    assert server.requests[-1]["messages"][1]["content"].startswith("word0 word1"), "what came is kept"
+    tty.ready()
+    tty.type("\x04")
+    assert tty.close() == 0
+    tty = terminal(["chat", server.url])
+    tty.ready()
+    tty.type("\x1b[A\x1b[A")
+    tty.until(lambda: tty.line == ">>> slow please", 10)
+    tty.type("\x15\x04")
+    assert tty.close() == 0
+
+
+def test_a_server_that_goes_away_is_one_line(terminal: Start) -> None:
+    with serving(script) as server:
+        tty = terminal(["chat", server.url])
+        tty.say("one")
+        tty.sees("You said: one")
+    tty.say("two")
+    tty.sees("connection refused")
+    tty.ready()
+    tty.type("\x04")
+    assert tty.close() == 0 and "Traceback" not in tty.text
+
+
+# -- pipes ---------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_plain_text(model_dir: Path, server: Scripted, tmp_path: Path) -> None:
+    done = kllm(*command(model_dir), cwd=tmp_path, stdin="你好\n", env=ENV)
     assert done.stdout.endswith("\n") and len(done.stdout) > 3
-    assert "\x1b" not in done.stdout + done.stderr and ">>>" not in done.stdout
     assert done.stderr == "note: cut after 8 tokens\n"
+    shown = kllm("chat", server.url, cwd=tmp_path, stdin="markdown, think", env=ENV)
+    assert shown.stdout == "Done *thinking*.\n" and shown.stderr == ""
+    called = kllm("chat", server.url, "--tools", "calculator", cwd=tmp_path, stdin="calculate", env=ENV)
+    assert called.stdout == "It is **56088**.\n" and called.stderr == "[calculator] 123*456 -> 56088\n"
+    for one in (done, shown, called):
+        assert "\x1b" not in one.stdout + one.stderr and ">>>" not in one.stdout
 
 
-def test_ctrl_c_ends_a_one_shot_answer_with_130(model_dir):
-    options = command(model_dir, max_tokens=7000, prompt="go")
+def test_json_with_calls(server: Scripted, tmp_path: Path) -> None:
+    done = kllm(
+        "chat", server.url, "--tools", "calculator", "-p", "calculate", "--json", cwd=tmp_path, env=ENV
+    )
+    row = json.loads(done.stdout)
+    assert row["text"] == "It is **56088**." and row["finish_reason"] == "stop"
+    assert row["tool_calls"][0]["result"] == "56088" and row["usage"]["completion_tokens"] == 3
+
+
+def test_ctrl_c_ends_a_one_shot_answer_with_130(model_dir: Path) -> None:
+    options = command(model_dir, "--prompt", "go", max_tokens=7000)
     process = Command(*options, cwd=Path.cwd(), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     out, err = process.stdout.read(), process.stderr.read()

@@ -11,7 +11,7 @@ import torch
 from chat_support import chat_model
 from support import kllm
 
-from kllm.chat.session import open_session
+from kllm.chat.local import load_local
 from kllm.errors import KllmError
 from kllm.export.adapter import merge_adapters, save_adapter
 from kllm.export.hf import read_tensors
@@ -196,7 +196,7 @@ def test_an_adapter_is_not_merged_twice(
     (stage / "status.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     calls = {
-        "chat": lambda: open_session("run", adapter="run"),
+        "chat": lambda: load_local("run", adapter="run", device="cpu"),
         "serve": lambda: check_reference("run", stage / "final"),
         "convert": lambda: convert(Conversion("run", tmp_path / "out", options=QUICK, adapters=("run@0.5",))),
         "gguf": lambda: export_gguf(GgufExport("run", tmp_path / "out", adapter="run")),

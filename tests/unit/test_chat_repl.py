@@ -1,230 +1,372 @@
-"""The terminal's commands and the one-shot answer, without a terminal."""
+"""The terminal's commands, how answers look, the one-shot answer and the editor's rules, without a terminal."""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from test_chat_conversation import FakeModel, call
 
-from kllm.chat import repl
-from kllm.chat.repl import Repl, run_chat, set_option
-from kllm.chat.session import Session
-from kllm.engine import Event, SamplingParams
-from kllm.errors import UserError
-
-
-class FakeEngine:
-    """Says what it is told to, a character per token."""
-
-    max_context = 1000
-    parameters = 0
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.prompts: list[list[int]] = []
-
-    def stream(self, prompt, sampling):
-        self.prompts.append(prompt)
-        text = self.answers.pop(0)
-        for i, char in enumerate(text):
-            yield Event(0, (i,), char, "stop" if i == len(text) - 1 else None)
+from kllm.chat import editor, oneshot, start
+from kllm.chat.commands import ARGUMENTS, HELP, Commands
+from kllm.chat.conversation import Calling, Conversation, Note
+from kllm.chat.model import Called, Settings
+from kllm.chat.repl import Repl
+from kllm.chat.show import PlainShow, RichShow, harmless, split_blocks
+from kllm.chat.start import ChatOptions, run_chat
+from kllm.errors import EXIT_INTERRUPTED, KllmError, UserError
+from kllm.tokenizer.parts import Part
+from kllm.tools.registry import Toolbox, find_tools
 
 
-class FakeTokenizer:
-    """No template: prompts are the bare text, a character per token."""
+class Typist:
+    """An editor whose user says these lines; exceptions are keys."""
 
-    chat_template = None
-    added_tokens: dict[str, int] = {}  # noqa: RUF012
+    def __init__(self, *lines: Any) -> None:
+        self.lines = list(lines)
+        self.defaults: list[str] = []
 
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def encode_raw(self, text, add_special_tokens=False):
-        return self.encode(text)
-
-
-def session_of(*answers):
-    return Session(FakeEngine(*answers), FakeTokenizer(), system=None, sampling=SamplingParams())  # type: ignore[arg-type]
+    def read(self, default: str = "") -> str:
+        self.defaults.append(default)
+        line = self.lines.pop(0) if self.lines else EOFError()
+        if isinstance(line, BaseException):
+            raise line
+        return str(line)
 
 
-def repl_of(*answers):
-    return Repl(session_of(*answers), "m")
+def repl_of(*answers: Any, lines: tuple[Any, ...] = (), **options: Any) -> tuple[Repl, FakeModel]:
+    model = FakeModel(*answers)
+    chat = Conversation(model, **options)
+    return Repl(chat, Typist(*lines), PlainShow(sys.stdout, sys.stdout), lambda name: FakeModel(name)), model
 
 
-def asked(chat):
-    return ["".join(map(chr, p)) for p in chat.session.engine.prompts]
+# -- commands ------------------------------------------------------------------------------------------
 
 
-def test_answers_are_shown_and_remembered(capsys):
-    chat = repl_of("hello", "fine")
-    assert chat.handle("hi") is False
-    chat.handle("how?")
+def test_answers_are_shown_with_their_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    repl, _ = repl_of("hello", lines=("hi",))
+    assert repl.run() == 0
     out = capsys.readouterr().out
-    assert "hello\n5 tokens" in out and "fine\n4 tokens" in out
-    assert asked(chat) == ["hi", "hihellohow?"]
+    assert "hello\n5 tokens, 4 tokens/s, first after 0.50 s\n" in out
+    assert out.startswith("fake: says what it is told to\n/help lists the commands")
 
 
-def test_an_unknown_command_is_one_error_line(capsys):
-    chat = repl_of()
-    for line in ("/nonsense and more", "/", "/answer", "/_say", "/etc/passwd", "/handle x"):
-        assert chat.handle(line) is False
-        captured = capsys.readouterr()
-        assert captured.out == "" and captured.err.startswith("error: unknown command /")
-        assert captured.err.count("\n") == 1
+def test_an_unknown_command_is_one_error_line(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ("/nonsense and more", "/", "/run", "/do_help", "/etc/passwd", "/__class__ x", "/Help")
+    repl, _ = repl_of(lines=lines)
+    assert repl.run() == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == len(lines) and all(e.startswith("error: unknown command /") for e in errors)
 
 
-def test_two_slashes_say_one(capsys):
-    chat = repl_of("ok")
-    chat.handle("//help me")
-    assert asked(chat) == ["/help me"]
+def test_two_slashes_say_one() -> None:
+    repl, model = repl_of("ok", lines=("//help me",))
+    repl.run()
+    assert model.asked[0][-1]["content"] == "/help me"
 
 
-def test_every_listed_command_exists_and_help_lists_every_command(capsys):
-    chat = repl_of()
-    chat.handle("/help")
-    listed = {line.split()[0][1:] for line in capsys.readouterr().out.splitlines() if line.startswith("/")}
-    existing = {name[3:] for name in dir(Repl) if name.startswith("do_")}
-    assert existing - {"exit", "bye"} == listed - {"/text"}
+def test_every_listed_command_exists_and_help_lists_every_command() -> None:
+    listed = {line.split()[0][1:] for line in HELP.splitlines() if line.startswith("/")} - {"/text"}
+    existing = {name[3:] for name in dir(Commands) if name.startswith("do_")}
+    assert existing == listed == set(ARGUMENTS)
 
 
-def test_undo_retry_clear_on_an_empty_conversation(capsys):
-    chat = repl_of()
-    chat.handle("/undo")
-    chat.handle("/retry")
-    assert capsys.readouterr().err == "error: nothing to undo\nerror: nothing to retry\n"
-    chat.handle("/clear")
-    chat.handle("/stats")
-    assert "0 turns, context 1000" in capsys.readouterr().out
+def test_undo_retry_edit_clear(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (
+        "/undo",
+        "/retry",
+        "/edit",
+        "one",
+        "two",
+        "/retry",
+        "/undo",
+        "/edit",
+        "one!",
+        "/clear",
+        "/stats",
+        "/save x",
+    )
+    repl, model = repl_of("a", "b", "c", "d", lines=lines)
+    repl.run()
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "error: nothing to undo",
+        "error: nothing to retry",
+        "error: nothing to edit",
+        "error: nothing to save: nothing was said yet",
+    ]
+    assert "forgot: two" in out and "0 turns, 0 of 1,000 tokens of context" in out
+    typist = repl._editor
+    assert isinstance(typist, Typist) and "one" in typist.defaults, "the question stands on the line again"
+    assert [m["content"] for m in model.asked[-1]] == ["one!"]
 
 
-def test_undo_retry_clear(capsys):
-    chat = repl_of("a", "b", "c", "d")
-    chat.handle("one")
-    chat.handle("two")
-    chat.handle("/retry")
-    assert asked(chat)[1:] == ["oneatwo", "oneatwo"]
-    chat.handle("/undo")
-    assert "forgot: two" in capsys.readouterr().out
-    assert [t.question for t in chat.session.turns] == ["one"]
-    chat.handle("/clear")
-    chat.handle("three")
-    assert asked(chat)[-1] == "three"
-    chat.handle("/stats")
-    assert "1 turn, 6 of 1000 tokens" in capsys.readouterr().out
+def test_system_set_think_show_tools_model(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (
+        "/system be kind", "/set temperature=0.25", "/set max_tokens 7", "/set", "/think off", "/think",
+        "/show params", "/show prompt", "/show tokens", "/show thinking", "/tools", "/system -", "/model other",
+    )  # fmt: skip
+    repl, model = repl_of(lines=lines, box=Toolbox(find_tools(["calculator"])))
+    repl.run()
+    out = capsys.readouterr().out
+    for wanted in (
+        "system prompt: be kind", "temperature=0.25  max_tokens=7", "thinking: off", "system:be kind",
+        "0 of 1,000 tokens of context", "there was none", "calculator(expression: str) -> str  Computes",
+        "system prompt: none",
+    ):  # fmt: skip
+        assert wanted in out, wanted
+    assert repl.chat.settings == Settings({"temperature": 0.25, "max_tokens": 7}, False)
+    assert model.closed and repl.chat.model is not model
 
 
-def test_system_and_set(capsys):
-    chat = repl_of()
-    chat.handle("/system be kind")
-    assert chat.session.system == "be kind"
-    chat.handle("/system -")
-    assert chat.session.system is None
-    chat.handle("/set temperature=0.25")
-    chat.handle("/set max_tokens 7")
-    chat.handle("/set seed=3")
-    assert chat.session.sampling == SamplingParams(temperature=0.25, max_tokens=7, seed=3)
-    chat.handle("/set seed=none")
-    chat.handle("/set")
-    assert "temperature=0.25" in capsys.readouterr().out
-    for bad in ("temperature=hot", "temperature", "warmth=1", "temperature=-1", "top_p=0"):
-        with pytest.raises(UserError):
-            set_option(chat.session.sampling, *bad.replace("=", " ").partition(" ")[::2])
+@pytest.mark.parametrize(
+    "line",
+    ["/set temperature=hot", "/set warmth=1", "/set top_p=0", "/set temperature", "/think maybe", "/show me", "/save",
+     "/load", "/load /nothing/there"],
+)  # fmt: skip
+def test_a_wrong_argument_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    repl, _ = repl_of("a", lines=("hi", line))
+    assert repl.run() == 0
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_the_model_cannot_drive_the_terminal(capsys):
-    chat = repl_of("a\x1b[31mb\x07\x9b2Jc\td\n好e")
-    chat.handle("hi")
-    assert capsys.readouterr().out.startswith("a[31mb2Jc\td\n好e\n")
+def test_save_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "talk.json"
+    repl, _ = repl_of("a", lines=("hi", f"/save {path}"))
+    repl.run()
+    other, model = repl_of("b", lines=(f"/load {path}", "more"))
+    other.run()
+    assert f"2 messages in {path}" in (out := capsys.readouterr().out) and f"1 turn from {path}" in out
+    assert [m["content"] for m in model.asked[0]] == ["hi", "a", "more"]
 
 
-def test_quit_and_the_loop(monkeypatch, capsys):
-    lines = iter(["hi", "/undo x", "/quit", "never"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    assert repl_of("yes").run() == 0
-    assert next(lines) == "never"
+def test_keys_leave_or_are_forgiven(capsys: pytest.CaptureFixture[str]) -> None:
+    stop = KeyboardInterrupt
+    assert repl_of(lines=(stop(), stop()))[0].run() == EXIT_INTERRUPTED
+    assert "Ctrl-C again or Ctrl-D leaves" in capsys.readouterr().out
+    assert repl_of(lines=(stop(), "/stats", stop(), EOFError()))[0].run() == 0, "a word between two presses"
+    assert repl_of(lines=(stop("half a line"), stop("half a line"), "/quit", "never"))[0].run() == 0
 
 
-@pytest.mark.parametrize(("keys", "code"), [([KeyboardInterrupt] * 2, 130), ([EOFError], 0)])
-def test_leaving_by_keys(monkeypatch, capsys, keys, code):
-    presses = iter(keys)
-    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(next(presses)))
-    assert repl_of().run() == code
-    assert ("Ctrl-C again" in capsys.readouterr().out) == (code == 130)
+def test_an_error_does_not_end_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    repl, _ = repl_of(KllmError("the server is gone\x1b[2J"), "fine", lines=("hi", "/retry"))
+    assert repl.run() == 0
+    out, err = capsys.readouterr()
+    assert err == "error: the server is gone[2J\n" and "fine" in out
 
 
-def test_one_ctrl_c_between_lines_is_forgiven(monkeypatch, capsys):
-    presses = iter([KeyboardInterrupt, "/stats", KeyboardInterrupt, EOFError])
-
-    def read(prompt):
-        press = next(presses)
-        if isinstance(press, str):
-            return press
-        raise press
-
-    monkeypatch.setattr("builtins.input", read)
-    assert repl_of().run() == 0
+# -- how it looks --------------------------------------------------------------------------------------
 
 
-def test_an_error_does_not_end_the_chat(monkeypatch, capsys):
-    lines = iter(["x" * 2000, "/set top_k=-1", "hi"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
-    assert repl_of("fine").run() == 0
-    captured = capsys.readouterr()
-    assert captured.err.count("error: ") == captured.err.count("\n") == 2
-    assert "fine" in captured.out
+def test_the_model_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[31mb\x07\x9b2Jc\td\n好e\u202ef"
+    assert harmless(evil) == "a[31mb2Jc\td\n好ef"
+    repl, _ = repl_of(evil, lines=("hi",))
+    repl.run()
+    assert "\x1b" not in capsys.readouterr().out
+    out = io.StringIO()
+    show = RichShow(Console(file=out, force_terminal=True, width=60, color_system=None))
+    show.begin()
+    for item in (
+        Part("reasoning", evil),
+        Part("content", f"{evil} [link](http://x) [bold]x[/bold]"),
+        Calling("f\x1b[2J", "{}"),
+        Called("f\x1b[2J", '{"x": "\\u001b]0;t\\u0007"}', "r\x1b[2J", True, 0.1),
+        Note("n\x1b[2J"),
+    ):
+        show.item(item)
+    show.end()
+    for bad in ("\x1b[2J", "\x1b]", "\x07", "\x9b", "\x1b[31m"):
+        assert bad not in out.getvalue(), repr(bad)
+    assert "[bold]x[/bold]" in out.getvalue(), "a model's brackets are no markup"
+
+
+def shown(*items: Any) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=60, color_system=None, height=20)
+    show = RichShow(console)
+    show.begin()
+    for item in items:
+        show.item(item)
+    show.end()
+    return out.getvalue()
+
+
+def test_thinking_folds_and_calls_stand_in_boxes() -> None:
+    text = shown(
+        Part("reasoning", "first line\nsecond"),
+        Part("content", "Yes, **bold**.\n\n- one\n- two"),
+        Calling("calculator", '{"expression": "6*7"}'),
+        Called("calculator", '{"expression": "6*7"}', "42", False, 0.25),
+        Part("content", "It is 42."),
+    )
+    assert "second" not in text and "thought for" in text and "17 characters" in text
+    assert "Yes, bold." in text and "• one" in text
+    assert "calculator" in text and "6*7" in text and "42" in text and "0.25 s" in text and "╭" in text
+    assert text.index("bold") < text.index("6*7") < text.index("It is 42.")
+    long = shown(Called("python", '{"code": "x"}', "\n".join(map(str, range(50))), False, 0))
+    assert "38 more lines" in long
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "\n", "\n\n", "```", "```py\n", "- x", "1. y", "    c", "|t|", "# h", " "]),
+        max_size=14,
+    )
+)
+def test_blocks_add_up_however_they_come(pieces: list[str]) -> None:
+    """What was printed and what is left is the text, and code is never cut."""
+    printed, tail = "", ""
+    for piece in pieces:
+        done, tail = split_blocks(tail + piece)
+        printed += done
+        assert done.count("```") % 2 == 0
+    assert printed + tail == "".join(pieces)
+
+
+def test_a_list_and_code_are_never_cut() -> None:
+    assert split_blocks("a\n\nb") == ("a\n\n", "b")
+    assert split_blocks("- a\n\n- b") == ("", "- a\n\n- b")
+    assert split_blocks("- a\n\n  more") == ("", "- a\n\n  more")
+    assert split_blocks("```\na\n\nb") == ("", "```\na\n\nb")
+    assert split_blocks("a\n\n") == ("", "a\n\n")
 
 
 # -- one answer for a script -------------------------------------------------------------------------
 
 
 class Pipe(io.TextIOWrapper):
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
 
 
-def one_shot(monkeypatch, *answers, stdin=b"", prompt=None, json_output=False):
-    session = session_of(*answers)
-    monkeypatch.setattr(repl, "open_session", lambda *a, **k: session)
+def one_shot(
+    monkeypatch: pytest.MonkeyPatch,
+    *answers: Any,
+    stdin: bytes = b"",
+    prompt: str | None = None,
+    **options: Any,
+) -> tuple[int, list[str]]:
+    model = FakeModel(*answers)
+    monkeypatch.setattr(start, "open_model", lambda options: model)
     monkeypatch.setattr(sys, "stdin", Pipe(stdin))
-    code = run_chat(
-        "m", prompt=prompt, system=None, sampling=SamplingParams(), device="cpu", json_output=json_output
-    )
-    return code, ["".join(map(chr, p)) for p in session.engine.prompts]
+    code = run_chat(ChatOptions(model="m", prompt=prompt, **options))
+    return code, [messages[-1]["content"] for messages in model.asked]
 
 
-def test_prompt_and_piped_text_are_joined(monkeypatch, capsys):
+def test_prompt_and_piped_text_are_joined(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert one_shot(monkeypatch, "hello", stdin=b"hi\n") == (0, ["hi"])
     assert capsys.readouterr() == ("hello\n", "")
-    assert one_shot(monkeypatch, "ok\n", prompt="sum up", stdin="\ufeff你好\n".encode()) == (
-        0,
-        ["sum up\n\n你好"],
-    )
-    assert capsys.readouterr().out == "ok\n"
+    both = one_shot(monkeypatch, "ok\n", prompt="sum up", stdin="\ufeff你好\n".encode())
+    assert both == (0, ["sum up\n\n你好"]) and capsys.readouterr().out == "ok\n"
     assert one_shot(monkeypatch, "x", prompt="just this")[1] == ["just this"]
+    assert one_shot(monkeypatch, "x", stdin=b"a\xffb")[1] == ["a\ufffdb"], "bytes that are no UTF-8"
 
 
-def test_bytes_that_are_no_utf8_do_not_crash(monkeypatch, capsys):
-    assert one_shot(monkeypatch, "x", stdin=b"a\xffb")[1] == ["a\ufffdb"]
-
-
-def test_json_is_one_object(monkeypatch, capsys):
-    one_shot(monkeypatch, "你好", prompt="hi", json_output=True)
+def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    one_shot(monkeypatch, [Part("reasoning", "hm"), Part("content", "你好")], prompt="hi", json_output=True)
     row = json.loads(capsys.readouterr().out)
-    assert set(row) == {"text", "finish_reason", "usage", "timings"}
-    assert (row["text"], row["finish_reason"]) == ("你好", "stop")
-    assert row["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert set(row) == {"text", "reasoning", "tool_calls", "finish_reason", "model", "usage", "timings"}
+    assert (row["text"], row["reasoning"], row["finish_reason"], row["tool_calls"]) == (
+        "你好",
+        "hm",
+        "stop",
+        [],
+    )
+
+
+def test_tools_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = (call("calculator", {"expression": "6*7"}), "It is 42.")
+    one_shot(monkeypatch, *answers, prompt="?", tools=("calculator",))
+    assert capsys.readouterr() == ("It is 42.\n", "[calculator] 6*7 -> 42\n")
 
 
 @pytest.mark.parametrize("stdin", [b"", b" \n\n"])
-def test_nothing_to_answer_is_a_user_error_before_the_model_is_loaded(monkeypatch, stdin):
+def test_nothing_to_answer_is_a_user_error_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, stdin: bytes
+) -> None:
     with pytest.raises(UserError, match="nothing to answer"):
         one_shot(monkeypatch, stdin=stdin)
 
 
-def test_json_in_a_terminal_needs_a_prompt(monkeypatch):
+def test_json_in_a_terminal_needs_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(UserError, match="needs a question"):
-        run_chat("m", prompt=None, system=None, sampling=SamplingParams(), device="cpu", json_output=True)
+        run_chat(ChatOptions(model="m", json_output=True))
+
+
+def test_a_failed_answer_leaves_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KllmError, match="gone"):
+        one_shot(monkeypatch, KllmError("gone"), prompt="hi")
+    assert oneshot.EXIT_FAILURE == KllmError("x").exit_code == 1
+
+
+# -- the editor ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "open_", "meant"),
+    [
+        ("hi", False, "hi"),
+        ('"""hi', True, '"""hi'),
+        ('"""\na\nb\n"""', False, "a\nb"),
+        ('"""a"""', False, "a"),
+        ("a\\", True, "a\\"),
+        ("a\\\nb", False, "a\nb"),
+        ('say """x""" now', False, 'say """x""" now'),
+        ('"""', True, '"""'),
+    ],
+)
+def test_several_lines(text: str, open_: bool, meant: str) -> None:
+    assert editor.is_open(text) is open_ and editor.unquoted(text) == meant
+
+
+def test_a_bare_editor_reads_several_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('hi\n"""\na\nb"""\nc\\\nd\n'))
+    bare = editor.BareEditor()
+    assert [bare.read(), bare.read(), bare.read()] == ["hi", "a\nb", "c\nd"]
+    with pytest.raises(EOFError):
+        bare.read()
+    assert capsys.readouterr().err.count(">>> ") == 4, "stdout may be a file"
+
+
+def test_the_history_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    history = editor._history(True)
+    history.append_string("秘密\nof two lines")
+    path = editor.history_path()
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o077 == 0
+    assert list(editor._history(True).load_history_strings()) == ["秘密\nof two lines"]
+    assert "Memory" in type(editor._history(False)).__name__
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
+    assert "Memory" in type(editor._history(True)).__name__, "no home is no reason not to talk"
+
+
+def completions(text: str) -> Iterator[str]:
+    from prompt_toolkit.completion import CompleteEvent
+    from prompt_toolkit.document import Document
+
+    for one in editor._completer(ARGUMENTS).get_completions(Document(text), CompleteEvent()):
+        yield one.text
+
+
+def test_commands_options_and_files_complete(tmp_path: Path) -> None:
+    assert list(completions("/und")) == ["undo"] and set(completions("/")) == set(ARGUMENTS)
+    assert list(completions("/set te")) == ["temperature="] and list(completions("/think o")) == ["on", "off"]
+    (tmp_path / "talk.json").write_text("")
+    assert list(completions(f"/load {tmp_path}/ta")) == ["lk.json"]
+    assert list(completions("hello /s")) == [] and list(completions("/undo x")) == []

@@ -357,20 +357,23 @@ def test_chat_checks_its_flags_together(capsys):
 
 
 def test_chat_hands_everything_on(capsys, monkeypatch):
+    from kllm.chat import start
+
     calls = []
-    repl = types.ModuleType("kllm.chat.repl")
-    repl.run_chat = lambda model, **options: calls.append((model, options)) or 130
-    monkeypatch.setitem(sys.modules, "kllm.chat.repl", repl)
+    monkeypatch.setattr(start, "run_chat", lambda options: calls.append(options) or 130)
+    monkeypatch.setenv("KLLM_API_KEY", "sesame other")
     code, _, _ = call(
-        capsys, "chat", "runs/x", "--temperature", "0", "--max-tokens", "1k", "-p", "Hi", "--seed", "4"
-    )
-    ((model, given),) = calls
-    assert (code, model) == (130, "runs/x")
-    sampling = given.pop("sampling")
-    assert (sampling.temperature, sampling.max_tokens, sampling.seed, sampling.top_p) == (0, 1000, 4, 0.95)
-    assert given == {
-        "adapter": None, "prompt": "Hi", "system": None, "device": "auto", "json_output": False,
-    }  # fmt: skip
+        capsys, "chat", "runs/x", "--temperature", "0", "--max-tokens", "1k", "-p", "Hi", "--seed", "4",
+        "--tools", "clock", "--tools", "calculator", "--no-think", "--system", "S", "--no-history", "--codeact",
+    )  # fmt: skip
+    assert code == 130
+    assert calls == [
+        start.ChatOptions(
+            model="runs/x", prompt="Hi", system="S", thinking=False, tools=("clock", "calculator"), codeact=True,
+            keep_history=False, api_key="sesame", sampling={"temperature": 0.0, "max_tokens": 1000, "seed": 4},
+        )
+    ]  # fmt: skip
+    assert "sesame" not in repr(calls[0]), "keys are not logged"
 
 
 def test_chat_defaults_are_those_of_the_engine():
@@ -381,11 +384,3 @@ def test_chat_defaults_are_those_of_the_engine():
 
     own = SamplingSection().model_dump()
     assert own == {name: value for name, value in asdict(params.SamplingParams()).items() if name in own}
-
-
-def test_the_real_chat_takes_these_arguments():
-    import inspect
-
-    repl = pytest.importorskip("kllm.chat.repl")
-    taken = set(inspect.signature(repl.run_chat).parameters)
-    assert {"prompt", "system", "sampling", "device", "json_output"} <= taken

@@ -1,0 +1,287 @@
+"""A conversation: its turns, what the model is shown of them, and one question at a time, tools included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kllm.chat.model import NEVER, Called, ChatModel, ContextFull, Message, Said, Settings
+from kllm.engine.answer import message_of
+from kllm.errors import UserError
+from kllm.tokenizer.parts import Part
+from kllm.tools import codeact
+from kllm.tools.loop import ROUNDS, ToolLoop
+from kllm.tools.registry import Toolbox
+
+
+@dataclass(frozen=True)
+class Calling:
+    """A tool is about to be run; so is code, whose name is "python"."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that the user should know."""
+
+    text: str
+
+
+Item = Part | Calling | Called | Said | Note
+
+
+@dataclass
+class Turn:
+    """A question and all that came of it.
+
+    Attributes:
+        messages: the question first; answers, calls and results after it.
+        said: one per answer of the model.
+    """
+
+    messages: list[Message]
+    said: list[Said] = field(default_factory=list)
+    called: list[Called] = field(default_factory=list)
+
+    @property
+    def question(self) -> str:
+        """What the user said."""
+        return str(self.messages[0]["content"])
+
+    @property
+    def answer(self) -> Message:
+        """The last message of the model, {} without one."""
+        return next((m for m in reversed(self.messages) if m["role"] == "assistant"), {})
+
+    @property
+    def finish_reason(self) -> str:
+        """Of the last answer."""
+        return self.said[-1].finish_reason if self.said else "cancelled"
+
+
+class Conversation:
+    """Remembers turns and asks the model.
+
+    Args:
+        model: here or at an address.
+        system: system prompt, or None.
+        settings: how answers are drawn; may be changed between turns.
+        box: tools that the model may call.
+        code: the model acts by writing Python (CodeAct); the box's tools are functions in it.
+        shift: when the context is full the oldest turns are forgotten, instead of an error.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        *,
+        system: str | None = None,
+        settings: Settings | None = None,
+        box: Toolbox | None = None,
+        code: bool = False,
+        shift: bool = False,
+    ) -> None:
+        self.model, self.system, self.settings = model, system, settings or Settings()
+        self.box, self.code, self.shift = box, code, shift
+        self.turns: list[Turn] = []
+        self.unanswered: str | None = None
+        """A question that failed before there was an answer, for `retry`."""
+
+    def close(self) -> None:
+        """Ends the sandbox and lets go of the model."""
+        if self.box is not None:
+            self.box.close()
+        self.model.close()
+
+    # -- asking --------------------------------------------------------------------------------------
+
+    def ask(
+        self, question: str, interrupted: Callable[[], bool] = NEVER, *, attempt: int = 0
+    ) -> Iterator[Item]:
+        """Answers `question` and remembers both; gives everything as it comes.
+
+        Args:
+            interrupted: asked all the time; True ends the answer, what came is kept.
+            attempt: how often this question was asked before; moves a fixed seed on.
+
+        Raises:
+            ContextFull, KllmError: see `ChatModel.ask`. What had come is remembered.
+        """
+        turn = Turn([{"role": "user", "content": question}])
+        self.unanswered = question
+        if self.box is not None:
+            self.box.interrupted = interrupted
+        try:
+            yield from (
+                self._code(turn, interrupted, attempt)
+                if self.code
+                else self._tools(turn, interrupted, attempt)
+            )
+        finally:
+            if turn.said and (len(turn.messages) > 1):
+                self.turns.append(turn)
+                self.unanswered = None
+
+    def retry(self, interrupted: Callable[[], bool] = NEVER, *, attempt: int = 1) -> Iterator[Item]:
+        """Answers the last question again, in place of its answer; see `ask`.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.unanswered is not None:
+            yield from self.ask(self.unanswered, interrupted, attempt=attempt)
+            return
+        if not self.turns:
+            raise UserError("nothing to retry")
+        last = self.turns.pop()
+        before = len(self.turns)
+        try:
+            yield from self.ask(last.question, interrupted, attempt=attempt)
+        finally:
+            if len(self.turns) == before:  # no answer came: the old one stays
+                self.turns.append(last)
+                self.unanswered = None
+
+    def undo(self) -> str | None:
+        """Forgets the last turn; its question, None if there is none."""
+        if self.unanswered is not None:
+            question, self.unanswered = self.unanswered, None
+            return question
+        return self.turns.pop().question if self.turns else None
+
+    def clear(self) -> None:
+        """Forgets everything but the system prompt."""
+        self.turns.clear()
+        self.unanswered = None
+
+    # -- what the model is shown ---------------------------------------------------------------------
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Schemas of what the model may call."""
+        return self.box.schemas() if self.box is not None and self.box.tools and not self.code else None
+
+    def messages(self, more: Sequence[Message] = ()) -> list[Message]:
+        """The whole conversation, the system prompt first."""
+        system = self.system
+        if self.code:
+            tools = self.box.functions() if self.box is not None else []
+            system = codeact.system_prompt(tools, self.system)
+        first = [{"role": "system", "content": system}] if system else []
+        return [*first, *(m for turn in self.turns for m in turn.messages), *more]
+
+    def prompt(self) -> str:
+        """The text that the model would be given for another answer."""
+        return self.model.prompt(self.messages(), self.tools, self.settings)
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _tools(self, turn: Turn, interrupted: Callable[[], bool], attempt: int) -> Iterator[Item]:
+        """Asks until an answer calls no tool; then the loop's limits end it, the last time without calls."""
+        loop = ToolLoop(self.box) if self.box is not None and self.box.tools else None
+        while True:
+            allowed = loop is not None and loop.ended is None
+            message = yield from self._answer(turn, interrupted, attempt, calls=allowed)
+            calls = message.get("tool_calls")
+            if not calls or not allowed or loop is None:
+                return
+            for call in calls:
+                yield Calling(call["function"]["name"], call["function"]["arguments"])
+            for call, result in zip(calls, loop.run(calls), strict=True):
+                turn.messages.append(result.message())
+                called = Called(
+                    result.name, call["function"]["arguments"], result.text, result.error, result.seconds
+                )
+                turn.called.append(called)
+                yield called
+            if interrupted():
+                return
+            if loop.ended:
+                yield Note(f"no more calls: {loop.ended}")
+
+    def _code(self, turn: Turn, interrupted: Callable[[], bool], attempt: int) -> Iterator[Item]:
+        """Runs the code of each answer until one has none."""
+        assert self.box is not None
+        for _ in range(ROUNDS):
+            message = yield from self._answer(turn, interrupted, attempt, calls=False)
+            code = codeact.code_of(message.get("content") or "")
+            if code is None or turn.finish_reason == "cancelled":
+                return
+            yield Calling("python", code)
+            ran = self.box.run(code)
+            turn.messages.append({"role": "user", "content": codeact.shown(ran.output)})
+            called = Called("python", code, ran.output, ran.error is not None, ran.seconds)
+            turn.called.append(called)
+            yield called
+            if interrupted():
+                return
+        yield Note(f"stopped after {ROUNDS} rounds of code")
+
+    def _answer(
+        self, turn: Turn, interrupted: Callable[[], bool], attempt: int, *, calls: bool
+    ) -> Generator[Item, None, Message]:
+        """One answer of the model, put into the turn; returned as a message."""
+        parts: list[Part] = []
+        said: Said | None = None
+        try:
+            for item in self._fitted(turn, interrupted, attempt, calls):
+                if isinstance(item, Part):
+                    parts.append(item)
+                elif isinstance(item, Called):
+                    turn.called.append(item)
+                elif isinstance(item, Said):
+                    said = item
+                yield item
+        finally:
+            # a failure in the middle leaves what came, as Ctrl-C does
+            message = message_of(parts, "reasoning_content")
+            del message["refusal"]
+            if said is None or said.finish_reason in ("cancelled", "length"):
+                message.pop("tool_calls", None)  # nobody will answer them
+                message["content"] = message["content"] or ""
+            if said is None and parts:
+                said = Said("cancelled", 0, len(parts), 0.0, 0.0)
+            if said is not None and (parts or said.finish_reason != "cancelled"):
+                turn.said.append(said)
+                turn.messages.append(message)
+        return message
+
+    def _fitted(
+        self, turn: Turn, interrupted: Callable[[], bool], attempt: int, calls: bool
+    ) -> Iterator[Part | Called | Said | Note]:
+        """Asks; where the conversation has outgrown the context, again without its oldest turns."""
+        forgotten = 0
+        while True:
+            asked = self.model.ask(
+                self.messages(turn.messages),
+                self.tools,
+                self._settings(attempt),
+                calls=calls,
+                interrupted=interrupted,
+            )
+            try:
+                first = next(asked)
+            except ContextFull as full:
+                if not self.turns:
+                    raise
+                if not self.shift:
+                    full.hint = "/clear starts afresh, --context-shift forgets the oldest turns"
+                    raise
+                del self.turns[0]
+                forgotten += 1
+                continue
+            if forgotten:
+                turns = "turn" if forgotten == 1 else f"{forgotten} turns"
+                yield Note(f"the context is full: the oldest {turns} forgotten")
+            yield first
+            yield from asked
+            return
+
+    def _settings(self, attempt: int) -> Settings:
+        seed = self.settings.sampling.get("seed")
+        if not attempt or seed is None:
+            return self.settings
+        return replace(self.settings, sampling={**self.settings.sampling, "seed": seed + attempt})

@@ -1,0 +1,282 @@
+"""A model behind an OpenAI-compatible address: a chat completion's stream as the events of a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from kllm.chat.background import Background
+from kllm.chat.model import NEVER, Called, ContextFull, Message, Said, Settings
+from kllm.errors import KllmError, UserError
+from kllm.http_client import Connection, Target, error_of, no_answer, request
+from kllm.tokenizer.messages import wire
+from kllm.tokenizer.parts import Part
+
+T = TypeVar("T")
+
+_PROBE_SECONDS = 15.0
+_SILENCE = 600.0  # seconds without a byte: a large model reads a long prompt
+_MALFORMED = (ValueError, AttributeError, TypeError, LookupError)
+_FULL = ("context_length_exceeded", "exceed_context_size_error")
+
+
+class RemoteModel:
+    """Talks to a server.
+
+    Args:
+        url: base URL, with or without `/v1` (or another version) or `/chat/completions`.
+        key: sent as a bearer token.
+        model: its name at the server; None takes the only one that is listed.
+
+    Raises:
+        UserError: no such address, a wrong key, no model of that name or several to choose from.
+        KllmError: nobody answers there.
+    """
+
+    def __init__(self, url: str, *, key: str | None = None, model: str | None = None) -> None:
+        self._target = Target.parse(url, key, where="flag --base-url").versioned()
+        self.context: int | None = None
+        rows = self._listed()
+        self.name = model or self._only(list(rows))
+        if rows and self.name not in rows:
+            hint = f"it lists {_some(list(rows))}"
+            raise UserError(f"no model named {self.name!r}", where=self._target.url, hint=hint)
+        limit = rows.get(self.name, {}).get("max_model_len")
+        self.context = limit if isinstance(limit, int) else None
+
+    def describe(self) -> str:
+        """Where it is."""
+        context = f", context {self.context:,}" if self.context else ""
+        return f"at {self._target.url}{context}"
+
+    def close(self) -> None:
+        """Every question has a connection of its own."""
+
+    def prompt(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, settings: Settings
+    ) -> str:
+        """See `ChatModel.prompt`. kllm's and vLLM's servers tell it."""
+        status, _, raw = _wait(
+            request(
+                self._target,
+                "POST",
+                "/chat/completions/render",
+                self._body(messages, tools, settings, True),
+                _PROBE_SECONDS,
+            )
+        )
+        try:
+            found = json.loads(raw)
+            text = found.get("prompt") if status == 200 else None
+        except (ValueError, AttributeError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError("this server does not show its prompts", where=self._target.url)
+        return text
+
+    def ask(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None,
+        settings: Settings,
+        *,
+        calls: bool = True,
+        interrupted: Callable[[], bool] = NEVER,
+    ) -> Iterator[Part | Called | Said]:
+        """See `ChatModel.ask`."""
+        body = self._body(messages, tools, settings, calls)
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        reader = _Reader()
+        with Background(self._stream(body)) as chunks:
+            for chunk in chunks:
+                if chunk is not None:
+                    try:
+                        parts = [*reader.take(chunk)]
+                    except _MALFORMED as error:
+                        raise self._malformed(error) from None
+                    yield from parts
+                if interrupted():
+                    reader.reason = "cancelled"
+                    break
+        yield reader.said()
+
+    def _body(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None,
+        settings: Settings,
+        calls: bool,
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self.name, "messages": [wire(message) for message in messages]}
+        body |= {name: value for name, value in settings.sampling.items() if value is not None}
+        if tools:
+            body["tools"] = tools
+            if not calls:
+                body["tool_choice"] = "none"
+        if settings.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
+        return body
+
+    async def _stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        connection = Connection(self._target, "POST", "/chat/completions", body, patience=_SILENCE)
+        where = f"{self._target.url}/chat/completions"
+        ended = False
+        try:
+            async with connection as answer:
+                if answer.status != 200 or "event-stream" not in answer.headers.get("content-type", ""):
+                    raw = b"".join([piece async for piece in answer.pieces()])
+                    if answer.status != 200:
+                        raise self._refusal(answer.status, raw)
+                    yield _as_chunk(json.loads(raw))
+                    return
+                async for data in answer.events(connection.touch):
+                    if data == b"[DONE]":
+                        return
+                    chunk = json.loads(data)
+                    if error := chunk.get("error"):
+                        words = error.get("message") if isinstance(error, dict) else error
+                        raise KllmError(f"the server gave up: {words}", where=self._target.url)
+                    ended = ended or any(c.get("finish_reason") for c in chunk.get("choices") or ())
+                    yield chunk
+        except (OSError, EOFError, asyncio.LimitOverrunError) as error:
+            if ended:  # some servers hang up without a last word
+                return
+            raise no_answer(error, self._target, where, _SILENCE if connection.starved else None) from None
+        except _MALFORMED as error:
+            raise self._malformed(error) from None
+        if not ended:
+            raise KllmError("the answer was cut off", where=where)
+
+    def _malformed(self, error: Exception) -> KllmError:
+        return KllmError(
+            f"not a chat completion: {error!r:.100}", where=f"{self._target.url}/chat/completions"
+        )
+
+    def _refusal(self, status: int, raw: bytes) -> KllmError:
+        message, code = error_of(raw)
+        where = self._target.url
+        if status in (401, 403):
+            what = "wrong key" if self._target.key else "it wants a key"
+            return UserError(
+                f"{what} (http {status})", where=where, hint="set KLLM_API_KEY or --api-key-file"
+            )
+        said = f": {message}" if message else ""
+        if status in (400, 413) and (code in _FULL or "context length" in message.lower()):
+            return ContextFull(message, where=where)
+        if status in (404, 405):
+            return UserError(f"no such model or address (http {status}{said})", where=where)
+        return KllmError(f"http {status}{said}", where=where)
+
+    def _listed(self) -> dict[str, dict[str, Any]]:
+        """The server's models by name; {} if it does not say."""
+        status, _, raw = _wait(request(self._target, "GET", "/models", None, _PROBE_SECONDS))
+        if status in (401, 403):
+            raise self._refusal(status, raw)
+        if status != 200:
+            return {}
+        try:
+            return {str(row["id"]): row for row in json.loads(raw)["data"]}
+        except (ValueError, LookupError, TypeError):
+            hint = "is the address right?"
+            raise UserError("it is no OpenAI-compatible server", where=self._target.url, hint=hint) from None
+
+    def _only(self, names: list[str]) -> str:
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise UserError(
+                "it lists no models", where=self._target.url, hint="name one: kllm chat NAME --base-url URL"
+            )
+        hint = f"kllm chat NAME --base-url URL; it lists {_some(names)}"
+        raise UserError("which of its models?", where=self._target.url, hint=hint)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
+
+
+@dataclass
+class _Reader:
+    """From chunks to parts."""
+
+    reason: str = "stop"
+    usage: dict[str, Any] = field(default_factory=dict)
+    texts: int = 0
+    calls: dict[int, int] = field(default_factory=dict)
+    """The server's number of a call -> ours."""
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    last: float = 0.0
+    pending: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Calls that the server runs itself: id -> (name, arguments)."""
+
+    def take(self, chunk: dict[str, Any]) -> Iterator[Part | Called]:
+        if isinstance(chunk.get("usage"), dict):
+            self.usage = chunk["usage"]
+        for choice in (chunk.get("choices") or [])[:1]:
+            delta = choice.get("delta") or {}
+            parts = [*self._parts(delta)]
+            if parts:
+                self.last = time.perf_counter()
+                self.first = self.first or self.last
+                self.texts += 1
+                yield from parts
+            self.reason = choice.get("finish_reason") or self.reason
+
+    def _parts(self, delta: dict[str, Any]) -> Iterator[Part | Called]:
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(reasoning, str):
+            yield Part("reasoning", reasoning)
+        if isinstance(delta.get("content"), str) and delta["content"]:
+            yield Part("content", delta["content"])
+        for call in delta.get("tool_calls") or ():
+            function = call.get("function") or {}
+            number = call.get("index", len(self.calls))
+            if number not in self.calls:
+                self.calls[number] = len(self.calls)
+                number_of_ours = self.calls[number]
+                name = str(function.get("name") or "")
+                yield Part("call", "", number_of_ours, str(call.get("id") or f"call_{number_of_ours}"), name)
+            if function.get("arguments"):
+                yield Part("arguments", str(function["arguments"]), self.calls[number])
+        for event in delta.get("tool_events") or ():
+            yield from self._server_event(event)
+
+    def _server_event(self, event: dict[str, Any]) -> Iterator[Called]:
+        number = str(event.get("id"))
+        if event.get("type") == "call":
+            self.pending[number] = (str(event.get("name")), str(event.get("arguments")))
+        elif event.get("type") == "result":
+            name, arguments = self.pending.pop(number, (str(event.get("name")), ""))
+            text, seconds = str(event.get("content")), float(event.get("seconds") or 0)
+            yield Called(name, arguments, text, bool(event.get("is_error")), seconds, there=True)
+
+    def said(self) -> Said:
+        usage = self.usage
+        details = usage.get("prompt_tokens_details") or {}
+        end = self.last or time.perf_counter()
+        return Said(
+            self.reason,
+            int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or self.texts),
+            (self.first or end) - self.started,
+            end - (self.first or end),
+            int(details.get("cached_tokens") or 0),
+        )
+
+
+def _as_chunk(whole: dict[str, Any]) -> dict[str, Any]:
+    """A whole answer, of a server that does not stream, as one chunk."""
+    choice = whole["choices"][0]
+    delta = dict(choice.get("message") or {})
+    delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta.get("tool_calls") or ())]
+    reason = choice.get("finish_reason") or "stop"
+    return {"choices": [{"delta": delta, "finish_reason": reason}], "usage": whole.get("usage")}
+
+
+def _wait(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)

@@ -1,0 +1,301 @@
+"""How answers look: markdown in a terminal, bare text in a pipe. A model cannot drive the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from kllm.chat.conversation import Calling, Item, Note
+from kllm.chat.model import Called, Said
+from kllm.tokenizer.parts import Part
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, ConsoleRenderable
+    from rich.live import Live
+    from rich.segment import Segment
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u202a-\u202e\u2066-\u2069]")
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
+_RESULT_LINES = 12
+_FRAMES = 12  # a second
+
+
+def harmless(text: str) -> str:
+    """Text without what drives a terminal or turns its direction round; tabs and newlines stay."""
+    return _CONTROLS.sub("", text)
+
+
+class Show(Protocol):
+    """Where the items of one answer go."""
+
+    def begin(self) -> None:
+        """A question is on its way."""
+        ...
+
+    def item(self, item: Item) -> None:
+        """Something came."""
+        ...
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        ...
+
+
+class PlainShow:
+    """Bare text: the answer's words on `out`, everything else in lines on `aside`, nothing where it is None.
+
+    Attributes:
+        text: the answer's words so far.
+    """
+
+    def __init__(self, out: TextIO, aside: TextIO | None = None) -> None:
+        self._out, self._aside = out, aside
+        self.text = ""
+
+    def begin(self) -> None:
+        """See `Show`."""
+        self.text = ""
+
+    def item(self, item: Item) -> None:
+        """See `Show`."""
+        if isinstance(item, Part) and item.kind == "content":
+            self._write(harmless(item.text))
+        elif isinstance(item, Called):
+            self._break()
+            mark = "!" if item.error else "->"
+            self._line(f"[{item.name}] {_one_line(shown_arguments(item))} {mark} {_one_line(item.text)}")
+        elif isinstance(item, Note):
+            self._break()
+            self._line(f"note: {item.text}")
+
+    def end(self) -> None:
+        """See `Show`."""
+        self._break()
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+        self.text += text
+
+    def _break(self) -> None:
+        if self.text and not self.text.endswith("\n"):
+            self._write("\n")
+
+    def _line(self, text: str) -> None:
+        if self._aside is not None:
+            self._aside.write(harmless(text) + "\n")
+            self._aside.flush()
+
+
+class RichShow:
+    """Markdown as it comes: finished blocks stand, the one being written is drawn anew.
+
+    Thinking is dim and folds into one line; calls and their results stand in boxes.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.thought = ""
+        """The thinking of the newest answer."""
+        self._live: Live | None = None
+        self._kind = ""
+        self._tail = ""
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """See `Show`."""
+        from rich.live import Live
+
+        self.thought = self._tail = self._kind = ""
+        self._live = Live(
+            self._drawn(),
+            console=self.console,
+            refresh_per_second=_FRAMES,
+            transient=True,
+            get_renderable=self._drawn,
+        )
+        self._live.start()
+
+    def item(self, item: Item) -> None:
+        """See `Show`."""
+        if isinstance(item, Part):
+            if item.kind in ("reasoning", "content"):
+                self._words(item.kind, harmless(item.text))
+            return
+        self._settle()
+        if isinstance(item, Calling):
+            self._kind, self._tail = "calling", f"{item.name} …"
+        elif isinstance(item, Called):
+            self._kind = self._tail = ""
+            self.console.print(_box(item))
+        elif isinstance(item, Note):
+            self.console.print(harmless(item.text), style="dim", markup=False, highlight=False)
+
+    def end(self) -> None:
+        """See `Show`."""
+        self._settle()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _words(self, kind: str, text: str) -> None:
+        if kind != self._kind:
+            self._settle()
+            self._kind, self._since = kind, time.monotonic()
+            if kind == "reasoning":
+                self.thought = ""
+        if kind == "reasoning":
+            self.thought += text
+        self._tail += text
+        if kind == "content":
+            done, self._tail = split_blocks(self._tail)
+            if done.strip():
+                self.console.print(_markdown(done))
+
+    def _settle(self) -> None:
+        """What was being drawn stands from now on."""
+        kind, tail = self._kind, self._tail
+        self._kind = self._tail = ""
+        if kind == "content" and tail.strip():
+            self.console.print(_markdown(tail))
+        elif kind == "reasoning":
+            seconds = time.monotonic() - self._since
+            words = f"thought for {seconds:.1f} s, {len(self.thought):,} characters (/show thinking)"
+            self.console.print(words, style="dim italic", highlight=False)
+
+    def _drawn(self) -> ConsoleRenderable:
+        """What is being written now, as much of its end as the screen holds."""
+        from rich.text import Text
+
+        if self._kind == "content":
+            return _Bottom(_markdown(self._tail))
+        if self._kind == "reasoning":
+            last = self._tail.strip().rpartition("\n")[2]
+            return Text(f"thinking … {last[-(self.console.width - 14) :]}", style="dim italic", no_wrap=True)
+        return Text(self._tail if self._kind == "calling" else "", style="dim")
+
+
+class _Bottom:
+    """The last lines of something, as many as the screen holds."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+        from rich.segment import Segment
+
+        lines = console.render_lines(self._inner, pad=False)
+        for line in lines[-max(1, console.height - 2) :]:
+            yield from line
+            yield Segment.line()
+
+
+def split_blocks(text: str) -> tuple[str, str]:
+    """(finished blocks of markdown, the one that may still grow): cut at a blank line outside of code.
+
+    A list goes on after a blank line, and code that is indented too, so neither is cut.
+    """
+    fence = ""
+    at = cut = 0
+    for line in text.splitlines(keepends=True):
+        match = _FENCE.match(line)
+        if match and not fence:
+            fence = match[1]
+        elif match and line.strip().startswith(fence) and not line.strip().strip(fence[0]):
+            fence = ""
+        at += len(line)
+        if not fence and not line.strip() and line.endswith("\n") and not _goes_on(text[at:]):
+            cut = at
+    return text[:cut], text[cut:]
+
+
+def _goes_on(rest: str) -> bool:
+    """Whether what follows a blank line may belong to what stands before it, as far as can be seen."""
+    return not rest or bool(re.match(r"\s|[-*+>|]\s?|\d{1,9}[.)]?(\s|$)", rest))
+
+
+def _markdown(text: str) -> ConsoleRenderable:
+    from rich.markdown import Markdown
+
+    return Markdown(text, code_theme="ansi_dark", hyperlinks=False)
+
+
+def _box(called: Called) -> ConsoleRenderable:
+    from rich.box import ROUNDED
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.syntax import Syntax
+    from rich.text import Text
+
+    arguments = harmless(shown_arguments(called))
+    asked: ConsoleRenderable = Text(arguments)
+    if called.name == "python":
+        asked = Syntax(arguments, "python", theme="ansi_dark", background_color="default", word_wrap=True)
+    lines = harmless(called.text).rstrip().splitlines()
+    more = f"\n… {len(lines) - _RESULT_LINES} more lines" if len(lines) > _RESULT_LINES else ""
+    result = Text("\n".join(lines[:_RESULT_LINES]) + more, style="red" if called.error else "green")
+    where = " (server)" if called.there else ""
+    return Panel(
+        Group(asked, result),
+        title=f"{harmless(called.name)}{where}",
+        title_align="left",
+        subtitle=f"{called.seconds:.2f} s",
+        subtitle_align="right",
+        border_style="dim",
+        box=ROUNDED,
+        expand=False,
+    )
+
+
+def shown_arguments(called: Called) -> str:
+    """A call's arguments for the eye: the only one's value, or `name=value` pairs."""
+    try:
+        given = json.loads(called.arguments)
+    except ValueError:
+        return called.arguments
+    if not isinstance(given, dict):
+        return called.arguments
+    texts = {
+        name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
+        for name, one in given.items()
+    }
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{name}={text}" for name, text in texts.items())
+
+
+def _one_line(text: str, width: int = 200) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def figures(said: list[Said]) -> str:
+    """Tokens and speed of a turn's answers, for the line under it."""
+    tokens = sum(one.completion_tokens for one in said)
+    seconds = sum(one.decode_s for one in said)
+    steps = sum(max(0, one.completion_tokens - 1) for one in said)
+    words = [f"{tokens} token" + ("" if tokens == 1 else "s")]
+    if steps and seconds > 0:
+        words.append(f"{steps / seconds:.0f} tokens/s")
+    if said:
+        words.append(f"first after {said[0].prefill_s:.2f} s")
+    return ", ".join(words)
+
+
+def is_fancy(stream: TextIO, plain: bool) -> bool:
+    """Whether colours and drawing may be used there."""
+    return stream.isatty() and not plain and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
+
+
+def show_for(*, plain: bool) -> Show:
+    """How an interactive answer is shown on stdout."""
+    if not is_fancy(sys.stdout, plain):
+        return PlainShow(sys.stdout, sys.stdout)
+    from rich.console import Console
+
+    return RichShow(Console())

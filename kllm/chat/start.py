@@ -1,0 +1,155 @@
+"""From what the command line says to a conversation: which model, which tools, for whom."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kllm.chat.conversation import Conversation
+from kllm.chat.model import ChatModel, Settings
+from kllm.errors import UserError
+
+_SCHEMES = ("http://", "https://")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """See the flags of `kllm chat`; `sampling` has those that were given."""
+
+    model: str | None = None
+    base_url: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    adapter: str | None = None
+    device: str = "auto"
+    raw: bool = False
+    system: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    thinking: bool | None = None
+    tools: tuple[str, ...] = ()
+    codeact: bool = False
+    unsafe_python: bool = False
+    context_shift: bool = False
+    prompt: str | None = None
+    json_output: bool = False
+    plain: bool = False
+    keep_history: bool = True
+    load: str | None = None
+
+    @property
+    def url(self) -> str | None:
+        """Where the model is, if it is not here."""
+        if self.base_url is not None:
+            return self.base_url
+        return self.model if self.model and self.model.startswith(_SCHEMES) else None
+
+
+def run_chat(options: ChatOptions) -> int:
+    """Talks, or answers once if there is a prompt or stdin is not a terminal. Returns the exit code.
+
+    Raises:
+        UserError: no model, nothing to answer, options that exclude each other.
+        KllmError: nobody answers at the address.
+    """
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    check(options)
+    if options.json_output and options.prompt is None and interactive:
+        raise UserError("needs a question", where="--json", hint="give --prompt, or text on stdin")
+    if options.prompt is None and interactive:
+        from kllm.chat.repl import talk
+
+        chat = open_chat(options)
+        try:
+            return talk(
+                chat,
+                lambda name: open_model(options, name),
+                plain=options.plain,
+                keep_history=options.keep_history,
+            )
+        finally:
+            chat.close()
+    from kllm.chat.oneshot import answer_once, question_of
+
+    question = question_of(options.prompt, interactive=interactive)
+    chat = open_chat(options)
+    try:
+        return answer_once(chat, question, json_output=options.json_output)
+    finally:
+        chat.close()
+
+
+def check(options: ChatOptions) -> None:
+    """What is wrong whatever the model.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    if options.url is None and not options.model:
+        raise UserError(
+            "needs a model", where="MODEL", hint="kllm chat runs/NAME, or kllm chat http://HOST:PORT"
+        )
+    if options.url is not None:
+        here = {"--adapter": options.adapter, "--raw": options.raw}
+        for flag, given in here.items():
+            if given:
+                raise UserError("is for a model that is here, not at an address", where=f"flag {flag}")
+    if options.raw and (options.tools or options.codeact or options.system):
+        raise UserError("has no turns, so no tools, code or system prompt", where="flag --raw")
+
+
+def open_chat(options: ChatOptions) -> Conversation:
+    """The conversation, ready: tools are looked for first, since a model takes longer.
+
+    Raises:
+        UserError: see `find_tools`, `Toolbox`, `load_local`, `RemoteModel`.
+    """
+    from kllm.tools.registry import Toolbox, find_tools
+
+    tools = find_tools(options.tools)
+    box = None
+    if tools or options.codeact:
+        box = Toolbox(tools, code=options.codeact, unsafe_python=options.unsafe_python)
+    chat = Conversation(
+        open_model(options),
+        system=options.system,
+        settings=Settings(options.sampling, options.thinking),
+        box=box,
+        code=options.codeact,
+        shift=options.context_shift,
+    )
+    if options.load is not None:
+        from pathlib import Path
+
+        from kllm.chat.saved import load
+
+        load(chat, Path(options.load).expanduser())
+    return chat
+
+
+def open_model(options: ChatOptions, name: str | None = None) -> ChatModel:
+    """The model of the options, or another one of this `name` at the same place."""
+    if options.url is not None and not (name and name.startswith(_SCHEMES)):
+        from kllm.chat.remote import RemoteModel
+
+        own = options.model if options.base_url is not None else None
+        return RemoteModel(options.url, key=options.api_key, model=name or own)
+    if name and name.startswith(_SCHEMES):
+        from kllm.chat.remote import RemoteModel
+
+        return RemoteModel(name, key=options.api_key)
+    from kllm.chat.local import load_local
+
+    path = name or options.model
+    assert path is not None  # `check` saw to it
+    return load_local(
+        path,
+        adapter=None if name else options.adapter,
+        device=options.device,
+        raw=options.raw,
+        say=_say,
+    )
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"note: {line}\n")

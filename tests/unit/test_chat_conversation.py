@@ -1,0 +1,321 @@
+"""The conversation's memory and its loops, with a model whose answers are scripted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kllm.chat.conversation import Calling, Conversation, Note
+from kllm.chat.model import NEVER, Called, ContextFull, Said, Settings
+from kllm.chat.oneshot import to_json
+from kllm.chat.saved import load, save
+from kllm.chat.settings import set_option
+from kllm.errors import KllmError, UserError
+from kllm.tokenizer.messages import normalise
+from kllm.tokenizer.parts import Part
+from kllm.tools.registry import Toolbox, find_tools
+
+
+class FakeModel:
+    """Says what it is told to: texts, lists of parts, or exceptions to raise."""
+
+    name, context = "fake", 1000
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[dict[str, Any]]] = []
+        self.tools: list[Any] = []
+        self.calls: list[bool] = []
+        self.settings: list[Settings] = []
+        self.closed = False
+
+    def describe(self) -> str:
+        return "says what it is told to"
+
+    def prompt(self, messages: Any, tools: Any, settings: Settings) -> str:
+        return "|".join(f"{m['role']}:{m['content']}" for m in messages)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def ask(
+        self,
+        messages: Any,
+        tools: Any,
+        settings: Settings,
+        *,
+        calls: bool = True,
+        interrupted: Callable[[], bool] = NEVER,
+    ) -> Iterator[Any]:
+        self.asked.append(json.loads(json.dumps(list(messages))))
+        self.tools.append(tools)
+        self.calls.append(calls)
+        self.settings.append(settings)
+        answer = self.answers.pop(0)
+        parts = [Part("content", c) for c in answer] if isinstance(answer, str) else answer
+        if isinstance(answer, Exception):
+            raise answer
+        reason, count = "stop", 0
+        for part in parts:
+            if isinstance(part, Exception):
+                raise part
+            if isinstance(part, str):
+                reason = part
+                continue
+            count += 1
+            reason = "tool_calls" if part.kind == "call" else reason
+            yield part
+            if interrupted():
+                reason = "cancelled"
+                break
+        yield Said(reason, 10, count, 0.5, 1.0)
+
+
+def call(name: str, arguments: dict[str, Any], index: int = 0) -> list[Part]:
+    return [
+        Part("call", index=index, id=f"c{index}", name=name),
+        Part("arguments", json.dumps(arguments), index),
+    ]
+
+
+def chat_of(*answers: Any, **options: Any) -> tuple[Conversation, FakeModel]:
+    model = FakeModel(*answers)
+    return Conversation(model, **options), model
+
+
+def roles(messages: list[dict[str, Any]]) -> list[str]:
+    return [f"{m['role'][0]}:{m['content']}" for m in messages]
+
+
+def test_the_model_is_shown_the_whole_conversation() -> None:
+    chat, model = chat_of("hello", "fine", system="be kind")
+    items = list(chat.ask("hi"))
+    assert [i.text for i in items if isinstance(i, Part)] == list("hello") and isinstance(items[-1], Said)
+    list(chat.ask("how?"))
+    assert roles(model.asked[1]) == ["s:be kind", "u:hi", "a:hello", "u:how?"]
+    assert [t.question for t in chat.turns] == ["hi", "how?"]
+    assert model.tools == [None, None] and model.calls == [False, False]
+
+
+def test_undo_retry_clear() -> None:
+    chat, model = chat_of("a", "b", "c", "d", settings=Settings({"seed": 5}))
+    assert chat.undo() is None
+    with pytest.raises(UserError, match="nothing to retry"):
+        list(chat.retry())
+    list(chat.ask("one"))
+    list(chat.ask("two"))
+    list(chat.retry(attempt=2))
+    assert roles(model.asked[-1]) == ["u:one", "a:a", "u:two"] and chat.turns[-1].answer["content"] == "c"
+    assert [s.sampling["seed"] for s in model.settings] == [5, 5, 7], "or retry would say the same"
+    assert chat.undo() == "two" and [t.question for t in chat.turns] == ["one"]
+    chat.clear()
+    list(chat.ask("three"))
+    assert roles(model.asked[-1]) == ["u:three"]
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came() -> None:
+    chat, model = chat_of("long answer", "next")
+    count = iter(range(100))
+    list(chat.ask("go on", lambda: next(count) >= 3))
+    assert chat.turns[0].answer["content"] == "long" and chat.turns[0].finish_reason == "cancelled"
+    list(chat.ask("and?"))
+    assert roles(model.asked[1]) == ["u:go on", "a:long", "u:and?"]
+
+
+def test_an_answer_that_was_cut_before_it_began_is_no_turn_but_can_be_asked_again() -> None:
+    chat, _ = chat_of(["cancelled"], "now")
+    list(chat.ask("hi", lambda: True))
+    assert chat.turns == [] and chat.unanswered == "hi"
+    list(chat.retry())
+    assert chat.turns[0].answer["content"] == "now" and chat.unanswered is None
+
+
+def test_a_failure_in_the_middle_keeps_what_came() -> None:
+    chat, _ = chat_of([Part("content", "ha"), KllmError("gone")], "half", KllmError("dead"), "back")
+    with pytest.raises(KllmError, match="gone"):
+        list(chat.ask("one"))
+    assert chat.turns[0].answer["content"] == "ha" and chat.turns[0].finish_reason == "cancelled"
+    list(chat.retry())
+    assert [t.answer["content"] for t in chat.turns] == ["half"]
+    with pytest.raises(KllmError, match="dead"):  # nothing came: the old answer stays
+        list(chat.retry())
+    assert [t.answer["content"] for t in chat.turns] == ["half"] and chat.unanswered is None
+    list(chat.retry())
+    assert [t.answer["content"] for t in chat.turns] == ["back"]
+
+
+def test_the_context_is_full() -> None:
+    full = ContextFull("2,000 tokens, the context is 1,000")
+    chat, model = chat_of("a", "b", full)
+    list(chat.ask("one"))
+    list(chat.ask("two"))
+    with pytest.raises(UserError, match="/clear starts afresh, --context-shift forgets"):
+        list(chat.ask("three"))
+    assert len(chat.turns) == 2 and chat.unanswered == "three"
+    chat, model = chat_of("a", "b", full, full, "c", shift=True)
+    for question in ("one", "two"):
+        list(chat.ask(question))
+    notes = [i for i in chat.ask("three") if isinstance(i, Note)]
+    assert notes == [Note("the context is full: the oldest 2 turns forgotten")]
+    assert roles(model.asked[-1]) == ["u:three"] and len(chat.turns) == 1
+    chat, model = chat_of(full, shift=True)
+    with pytest.raises(ContextFull):  # it alone is too long
+        list(chat.ask("long"))
+
+
+# -- tools -----------------------------------------------------------------------------------------------
+
+
+def box() -> Toolbox:
+    return Toolbox(find_tools(["calculator"]))
+
+
+def test_calls_are_run_and_their_results_read() -> None:
+    first = [Part("content", "Let me see."), *call("calculator", {"expression": "6*7"})]
+    chat, model = chat_of(first, "It is 42.", "thanks", box=box())
+    items = list(chat.ask("6 times 7?"))
+    assert [i for i in items if isinstance(i, Calling)] == [Calling("calculator", '{"expression": "6*7"}')]
+    (called,) = [i for i in items if isinstance(i, Called)]
+    assert (called.name, called.text, called.error) == ("calculator", "42", False)
+    second = model.asked[1]
+    assert [m["role"] for m in second] == ["user", "assistant", "tool"]
+    assert (
+        second[1]["tool_calls"][0]["id"] == second[2]["tool_call_id"] == "c0" and second[2]["content"] == "42"
+    )
+    assert model.calls == [True, True] and model.tools[0][0]["function"]["name"] == "calculator"
+    list(chat.ask("ok"))
+    assert [m["role"] for m in model.asked[2]] == ["user", "assistant", "tool", "assistant", "user"]
+    row = to_json(chat.turns[0], "fake")
+    assert row["text"] == "It is 42." and row["finish_reason"] == "stop" and row["reasoning"] is None
+    assert row["tool_calls"][0] | {"seconds": 0} == {
+        "name": "calculator", "arguments": '{"expression": "6*7"}', "result": "42", "error": False, "seconds": 0,
+    }  # fmt: skip
+    assert row["usage"] == {"prompt_tokens": 20, "completion_tokens": 12, "total_tokens": 32}
+
+
+def test_a_model_that_only_calls_is_asked_a_last_time_without() -> None:
+    same = [call("calculator", {"expression": "1+1"}) for _ in range(2)]
+    chat, model = chat_of(*same, "two", box=box())
+    notes = [i.text for i in chat.ask("1+1?") if isinstance(i, Note)]
+    assert notes == ["no more calls: the same call twice in a row"]
+    assert model.calls == [True, True, False] and chat.turns[0].answer["content"] == "two"
+    chat, model = chat_of(
+        *(call("calculator", {"expression": f"1+{i}"}) for i in range(8)), "enough", box=box()
+    )
+    assert [i.text for i in chat.ask("count") if isinstance(i, Note)] == [
+        "no more calls: too many rounds of calls"
+    ]
+    assert model.calls == [True] * 8 + [False]
+
+
+def test_calls_of_a_cut_answer_are_dropped() -> None:
+    cut = [Part("content", "a"), *call("calculator", {"expression": "1"}), "length"]
+    chat, model = chat_of(cut, "b", box=box())
+    list(chat.ask("x"))
+    assert "tool_calls" not in chat.turns[0].answer and chat.turns[0].finish_reason == "length"
+    list(chat.ask("y"))
+    assert roles(model.asked[1]) == ["u:x", "a:a", "u:y"]
+
+
+def test_thinking_is_kept_apart() -> None:
+    chat, _ = chat_of([Part("reasoning", "hm"), Part("content", "yes")])
+    list(chat.ask("x"))
+    assert chat.turns[0].answer == {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    assert to_json(chat.turns[0], "m")["reasoning"] == "hm"
+
+
+# -- files ---------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_it_goes_on_as_it_was(tmp_path: Path) -> None:
+    answers = [[Part("reasoning", "hm"), *call("calculator", {"expression": "6*7"})], "42", "你好", "next"]
+    chat, model = chat_of(
+        *answers, box=box(), system="be kind", settings=Settings({"temperature": 0.5}, True)
+    )
+    list(chat.ask("6*7?"))
+    list(chat.ask("嗨"))
+    path = tmp_path / "talk.json"
+    assert save(chat, path) == 7
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") == 1, "a line of it is a row of training data"
+    row = json.loads(text)
+    assert row["settings"] == {"temperature": 0.5, "thinking": True} and row["model"] == "fake"
+    assert row["tools"][0]["function"]["name"] == "calculator" and row["messages"][0]["role"] == "system"
+
+    other, again = chat_of("next", box=box())
+    notes = load(other, path)
+    assert notes == ["settings: temperature=0.5"] and other.settings.thinking is True
+    assert [t.question for t in other.turns] == ["6*7?", "嗨"] and other.system == "be kind"
+    list(chat.ask("more"))
+    list(other.ask("more"))
+    assert normalise(model.asked[-1]) == normalise(again.asked[-1]), "the template is given the same"
+
+
+def test_what_training_and_the_page_write_loads_too(tmp_path: Path) -> None:
+    chat, _ = chat_of()
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n' * 2
+    )
+    assert load(chat, path) == ["1 more conversations in the file were left out"]
+    assert roles(chat.messages()) == ["u:a", "a:b"]
+    path.write_text(json.dumps([{"role": "user", "content": "a"}]))
+    assert load(chat, path) == ["it ends with a question: /retry answers it"] and chat.unanswered == "a"
+    path.write_text(
+        json.dumps(
+            {
+                "chats": [
+                    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
+                ]
+            }
+        )
+    )
+    load(chat, path)
+    assert roles(chat.messages()) == ["u:q", "a:r"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot read it: No such file"),
+        (b"\xff\xfe\x00", "it is no UTF-8 text"),
+        (b"hello", "it is no JSON"),
+        (b"", "no JSON|no conversation"),
+        (b"[]", "no conversation"),
+        (b"3", "no conversation"),
+        (b'{"text": "a"}', "no conversation"),
+        (b'{"messages": 3}', "no conversation"),
+        (b'{"messages": [{"role": "wizard", "content": "x"}]}', "no conversation"),
+        (b"[" * 100_000, "it is no JSON"),
+    ],
+)
+def test_a_file_that_is_no_conversation_is_one_line(tmp_path: Path, content: bytes | None, said: str) -> None:
+    chat, _ = chat_of("a")
+    list(chat.ask("one"))
+    path = tmp_path / "f.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as failure:
+        load(chat, path)
+    assert "\n" not in str(failure.value) and str(path) in str(failure.value)
+    assert [t.question for t in chat.turns] == ["one"], "what there was stays"
+
+
+def test_settings_are_changed_from_text() -> None:
+    settings = set_option(Settings(), "temperature", "0.25")
+    settings = set_option(settings, "max-tokens", "7")
+    assert settings.sampling == {"temperature": 0.25, "max_tokens": 7}
+    assert set_option(settings, "temperature", "none").sampling == {"max_tokens": 7}
+    for key, value in (
+        ("temperature", "hot"),
+        ("temperature", ""),
+        ("warmth", "1"),
+        ("temperature", "-1"),
+        ("top_p", "0"),
+    ):
+        with pytest.raises(UserError):
+            set_option(settings, key, value)

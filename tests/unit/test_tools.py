@@ -1,0 +1,411 @@
+"""The tool protocol: functions as tools, the calculator, the clock, the loop, CodeAct's texts."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import math
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kllm.errors import UserError
+from kllm.tools import codeact
+from kllm.tools.calculator import calculator
+from kllm.tools.clock import clock
+from kllm.tools.loop import ToolLoop
+from kllm.tools.registry import NAMES, Toolbox, find_tools, schemas
+from kllm.tools.text import clipped
+from kllm.tools.tool import ToolError, tool_of
+
+
+def weather(city: str, days: int = 1, unit: Literal["C", "F"] = "C", *, copy: bool = False) -> dict[str, Any]:
+    """Forecasts the weather.
+
+    As far as anybody can.
+
+    Args:
+        city: where, with
+            its country.
+        days: how many.
+
+    Returns:
+        city: no parameter.
+    """
+    return {"city": city, "days": days, "unit": unit, "copy": copy}
+
+
+# -- a function is a tool ------------------------------------------------------------------------------
+
+
+def test_schema_and_prompt_come_from_the_function() -> None:
+    tool = tool_of(weather)
+    function = tool.schema()["function"]
+    assert tool.schema()["type"] == "function" and function["name"] == "weather"
+    assert function["description"] == "Forecasts the weather.\n\nAs far as anybody can."
+    parameters = function["parameters"]
+    assert parameters["required"] == ["city"] and parameters["type"] == "object"
+    assert parameters["properties"] == {
+        "city": {"type": "string", "description": "where, with its country."},
+        "days": {"type": "integer", "default": 1, "description": "how many."},
+        "unit": {"type": "string", "enum": ["C", "F"], "default": "C"},
+        "copy": {"type": "boolean", "default": False},
+    }
+    text = tool.prompt()
+    assert text.startswith(
+        "def weather(city: str, days: int = 1, unit: Literal['C', 'F'] = 'C', *, copy: bool"
+    )
+    ast.parse(text + "\n    pass")  # a model is shown Python that is Python
+    assert "city: where, with its country." in text and "no parameter" not in text
+
+
+def test_a_call_is_checked_and_answered_as_text() -> None:
+    tool = tool_of(weather)
+    assert json.loads(tool.call('{"city": "北京", "days": "3"}')) == {
+        "city": "北京",
+        "days": 3,
+        "unit": "C",
+        "copy": False,
+    }
+    assert "北京" in tool.call('{"city": "北京"}')
+    for wrong, said in (
+        ("{}", "city: Field required"),
+        ('{"city": 1}', "city"),
+        ('{"city": "x", "days": "many"}', "days"),
+        ('{"city": "x", "unit": "K"}', "unit"),
+        ('{"city": "x", "town": 1}', "town"),
+        ("[1]", "must be a JSON object"),
+        ('{"city": ', "no JSON"),
+        ("[" * 100_000, "no JSON"),
+    ):
+        with pytest.raises(ToolError, match=said):
+            tool.call(wrong)
+
+
+def test_python_calls_it_as_python_does() -> None:
+    tool = tool_of(weather)
+    assert tool.invoke(["Paris"], {"days": 2})["days"] == 2
+    for args, kwargs in ([], {}), (["a", 1, "C", True], {}), (["a"], {"city": "b"}):
+        with pytest.raises(ToolError, match="weather"):
+            tool.invoke(args, kwargs)
+
+
+def test_whatever_a_tool_raises_is_told() -> None:
+    def broken(x: float) -> float:
+        """Divides."""
+        return 1 / x
+
+    def odd() -> Any:
+        """Gives what JSON has not."""
+        return {1: {2, 3}, "nan": math.nan, "path": Path("x"), "self": odd}
+
+    with pytest.raises(ToolError, match="broken: ZeroDivisionError: "):
+        tool_of(broken).call('{"x": 0}')
+    assert json.loads(tool_of(odd).call("{}"))["nan"] == "NaN"
+
+
+def test_what_is_no_tool_is_refused_in_a_line() -> None:
+    def silent(x: int) -> int:
+        return x
+
+    def untyped(x) -> int:  # type: ignore[no-untyped-def]
+        """Says something."""
+        return x
+
+    def starred(*x: int) -> int:
+        """Says something."""
+        return 1
+
+    def alien(x: Path | type(open)) -> int:  # type: ignore[valid-type]
+        """Says something."""
+        return 1
+
+    for function, said in (
+        (silent, "no function with a docstring"),
+        (untyped, "x needs a type"),
+        (starred, "has no name in JSON"),
+        (alien, "alien"),
+        (dict, "no function"),
+        (lambda: 1, "no name for a tool"),
+    ):
+        with pytest.raises(UserError, match=said) as failure:
+            tool_of(function)
+        assert "\n" not in str(failure.value)
+
+
+def test_tools_are_found_by_name_module_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [tool.name for tool in find_tools(["clock, calculator", "python,clock"])] == [
+        "clock",
+        "calculator",
+        "python",
+    ]
+    assert [one["function"]["name"] for one in schemas(NAMES)] == list(NAMES)
+    (tmp_path / "own_tools_of_mine.py").write_text(
+        'def twice(x: int) -> int:\n    """Doubles."""\n    return 2*x\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p])
+    for name in (
+        "own_tools_of_mine:twice",
+        "own_tools_of_mine.py:twice",
+        f"{tmp_path}/own_tools_of_mine.py:twice",
+    ):
+        assert find_tools([name])[0].call('{"x": 4}') == "8"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("abacus", "no tool named 'abacus' \\(known: calculator, clock, python"),
+        ("no.such.module:f", "cannot import no.such.module"),
+        ("nothing.py:f", "no such file"),
+        ("math:nothing", "math has no function 'nothing'"),
+        ("math:pi", "no function with a docstring|no name"),
+        (":f", "no tool named"),
+        ("json:", "no tool named"),
+    ],
+)
+def test_a_tool_that_is_not_there_is_one_line(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as failure:
+        find_tools([name])
+    assert "\n" not in str(failure.value) and "flag --tools" in str(failure.value)
+
+
+def test_two_tools_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text('def clock() -> str:\n    """Ticks."""\n    return "tick"\n')
+    with pytest.raises(UserError, match="two tools are named clock"):
+        find_tools(["clock", f"{file}:clock"])
+
+
+def test_a_module_that_fails_to_import_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("1/0")
+    with pytest.raises(UserError, match="division by zero"):
+        find_tools([f"{file}:f"])
+
+
+# -- the calculator ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("12*(3+4)", "84"),
+        ("9999*9999", "99980001"),
+        ("-7 // 2", "-4"),
+        ("7 % -3", "-2"),
+        ("0.1+0.2", "0.3"),
+        ("10/4", "2.5"),
+        ("10/5", "2"),
+        ("2^10", "1024"),
+        ("2**-1", "0.5"),
+        ("3×4÷2−1=", "5"),
+        ("（1+2）*3", "9"),
+        ("sqrt(16)+abs(-3)", "7"),
+        ("max(1,2,3)-min(4,5)", "-1"),
+        ("1_000*3", "3000"),
+        ("2**100", str(2**100)),
+        ("round(2.567, 1)", "2.6"),
+        ("pi", "3.14159265359"),
+    ],
+)
+def test_the_calculator_computes(expression: str, value: str) -> None:
+    assert calculator(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "9**9**9",
+        "10**100000",
+        "2**0.5**-10000.0",
+        "(-8)**0.5",
+        "1/0",
+        "1e308*10",
+        "exp(1000)",
+        "sqrt(-1)",
+        "",
+        "1+",
+        "a+1",
+        "'a'*3",
+        "True",
+        "[1]*3",
+        "(1).__class__",
+        "__import__('os')",
+        "open('/etc/passwd')",
+        "sqrt(x=1)",
+        "sqrt()",
+        "1 if 1 else 2",
+        "(lambda: 1)()",
+        "1;2",
+        "9" * 2000,
+        "(" * 300 + "1" + ")" * 300,
+        "-" * 900 + "1",
+        "1\x002",
+        "999999999**999*999999999**999",
+        "round(1, 1.5)",
+        "max(1)",
+        "2**(2**(2**(2**(2**2))))",
+    ],
+)
+def test_the_calculator_refuses(expression: str) -> None:
+    with pytest.raises(ToolError) as failure:
+        calculator(expression)
+    assert "\n" not in str(failure.value) and len(str(failure.value)) < 200
+
+
+@given(st.text(alphabet="0123456789+-*/%().,e ^sqrtmax=", max_size=60))
+def test_the_calculator_never_fails_otherwise(text: str) -> None:
+    with contextlib.suppress(ToolError):
+        assert calculator(text)
+
+
+@given(st.integers(-(10**9), 10**9), st.sampled_from("+-*"), st.integers(0, 10**9))
+def test_the_calculator_agrees_with_python(a: int, op: str, b: int) -> None:
+    assert int(calculator(f"{a}{op}{b}")) == {"+": a + b, "-": a - b, "*": a * b}[op]
+
+
+def test_the_clock_tells_the_time() -> None:
+    day, weekday, hour, zone = clock("UTC").split()
+    told = datetime.fromisoformat(f"{day}T{hour}+00:00")
+    assert abs(datetime.now(told.tzinfo) - told) < timedelta(minutes=1)
+    assert weekday == told.strftime("%A") and zone == "UTC+00:00"
+    assert clock("Asia/Shanghai").endswith("UTC+08:00") and clock()
+    for wrong in ("Moon/Base", "../../etc/passwd", "/etc/passwd", "\x00"):
+        with pytest.raises(ToolError, match="no time zone named"):
+            clock(wrong)
+
+
+# -- the loop around calls -----------------------------------------------------------------------------
+
+
+def call(name: str, number: str = "c1", **arguments: Any) -> dict[str, Any]:
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+
+
+def box_of(*functions: Any) -> Toolbox:
+    return Toolbox([tool_of(f) for f in functions])
+
+
+def test_calls_are_run_in_order_and_errors_are_texts() -> None:
+    loop = ToolLoop(Toolbox(find_tools(["calculator"])))
+    seen: list[str] = []
+    results = loop.run(
+        [
+            call("calculator", "a", expression="6*7"),
+            call("abacus", "b"),
+            call("calculator", "c", expression="1/0"),
+        ],
+        lambda result: seen.append(result.id),
+    )
+    assert [r.text for r in results] == [
+        "42",
+        "error: there is no tool 'abacus'; there is calculator",
+        "error: division by zero",
+    ]
+    assert [r.error for r in results] == [False, True, True] and seen == ["a", "b", "c"]
+    assert results[0].message() == {
+        "role": "tool",
+        "tool_call_id": "a",
+        "name": "calculator",
+        "content": "42",
+    }
+    assert loop.ended is None
+
+
+def test_the_same_calls_twice_in_a_row_are_not_run_again() -> None:
+    count = []
+
+    def tick() -> int:
+        """Counts."""
+        count.append(1)
+        return len(count)
+
+    loop = ToolLoop(box_of(tick, weather))
+    loop.run([call("tick")])
+    loop.run([call("weather", city="x")])
+    loop.run([call("tick")])  # not in a row
+    assert loop.ended is None
+    (result,) = loop.run([call("tick", "other id")])
+    assert len(count) == 2 and result.error and "twice in a row" in result.text
+    assert loop.ended is not None and "twice" in loop.ended
+
+
+def test_rounds_and_seconds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(100))
+
+    def more() -> int:
+        """Counts."""
+        return next(numbers)
+
+    loop = ToolLoop(box_of(more, weather), rounds=3)
+    for i in range(3):
+        assert loop.ended is None
+        (result,) = loop.run([call("more" if i % 2 else "weather", **({} if i % 2 else {"city": str(i)}))])
+        assert not result.error
+    assert loop.ended == "too many rounds of calls"
+    now = [0.0]
+    monkeypatch.setattr("kllm.tools.loop.time.monotonic", lambda: now[0])
+
+    def slow() -> str:
+        """Takes 20 seconds."""
+        now[0] += 20
+        return "done"
+
+    loop = ToolLoop(box_of(slow), seconds=30)
+    results = loop.run([call("slow", str(i)) for i in range(3)])
+    assert [r.error for r in results] == [False, False, True]
+    assert loop.ended == "the tools took more than 30 s" and "not run" in results[2].text
+
+
+def test_long_results_are_cut_in_the_middle() -> None:
+    def long() -> str:
+        """Says much."""
+        return "a" * 5000 + "汉" * 5000
+
+    (result,) = ToolLoop(box_of(long)).run([call("long")])
+    assert result.text.startswith("aaa") and result.text.endswith("汉") and "bytes cut]" in result.text
+    assert len(result.text.encode()) < 4096 + 40
+
+
+@given(st.text(max_size=300), st.integers(10, 200))
+def test_clipped_keeps_both_ends(text: str, most: int) -> None:
+    short = clipped(text, most)
+    if len(text.encode("utf-8", "replace")) <= most:
+        assert short == text.encode("utf-8", "replace").decode()
+    else:
+        assert len(short.encode()) <= most + 40 and "bytes cut" in short
+
+
+# -- CodeAct -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("It is 4.", None),
+        ("```python\nprint(1)\n```", "print(1)"),
+        ("a\n```py\nx = 1\n```\nb\n~~~\nprint(x)\n~~~\nc", "x = 1\n\nprint(x)"),
+        ("```python\nprint('cut", "print('cut"),
+        ("```json\n{}\n```", None),
+        ("```\n\n```", None),
+        ("inline ```python print(1)``` is no block", None),
+        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''"),
+        ('```python title="x"\nprint(1)\n```', "print(1)"),
+    ],
+)
+def test_code_is_found_in_fences(answer: str, code: str | None) -> None:
+    assert codeact.code_of(answer) == code
+
+
+def test_the_system_prompt_names_the_functions() -> None:
+    text = codeact.system_prompt(find_tools(["calculator"]), "Be kind.")
+    assert text.startswith("Be kind.\n\n") and "def calculator(expression: str) -> str:" in text
+    assert "functions are defined" not in codeact.system_prompt([])
+    assert codeact.shown("4\n") == "Output:\n4\n" and "nothing" in codeact.shown(" \n")
