@@ -127,7 +127,8 @@ def test_nothing_dangerous(path: Path) -> None:
             continue
         name = ast.unparse(node.func)
         keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-        assert name not in ("eval", "exec"), f"{where}:{node.lineno} {name}"
+        # what a model wrote is run in one place, behind the sandbox's lock
+        assert name not in ("eval", "exec") or where == "tools/sandbox/worker.py", f"{where}:{node.lineno}"
         assert name not in ("yaml.load", "yaml.unsafe_load"), f"{where}:{node.lineno} {name}"
         if name == "torch.load":
             assert keywords.get("weights_only") == "True", f"{where}:{node.lineno} torch.load"

@@ -15,6 +15,68 @@ from kllm.errors import UserError
 _TOOLS, _WHERE, _LOOK = "Tools and code", "Where the model is", "Conversation and terminal"
 
 
+def _row(
+    name: str, kind: Any, panel: str, text: str, metavar: str | None = None, *flags: str
+) -> options.Extra:
+    """An option; its name gives the flag where none is given."""
+    names = flags or ("--" + name.replace("_", "-"),)
+    option = typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel)
+    default = {bool: False, str: "auto"}.get(kind)
+    return name, Annotated[kind, option], default
+
+
+_MODEL = typer.Argument(
+    help="Run, stage, checkpoint, Hugging Face folder, GGUF or hub id; or a server's URL; with --base-url "
+    "the model's name there.",
+    metavar="MODEL|URL",
+    show_default=False,
+)
+_TEXT = str | None
+_EXTRAS: list[options.Extra] = [
+    ("model", Annotated[_TEXT, _MODEL], None),
+    _row("base_url", _TEXT, _WHERE, "An OpenAI-compatible server.", "URL"),
+    _row(
+        "api_key_file",
+        Path | None,
+        _WHERE,
+        "File with the server's key; else KLLM_API_KEY or OPENAI_API_KEY.",
+        "FILE",
+    ),
+    _row("adapter", _TEXT, _WHERE, "A LoRA on it: PEFT folder, LoRA run or hub id.", "DIR"),
+    _row("device", str, _WHERE, "auto, cpu, cuda, cuda:1, mps.", "NAME"),
+    _row("raw", bool, _WHERE, "No chat turns: the model goes on with the text."),
+    _row(
+        "tools",
+        list[str] | None,
+        _TOOLS,
+        "What it may call: calculator, clock, python, module:function, file.py:function.",
+        "A,B",
+    ),
+    _row("codeact", bool, _TOOLS, "It acts by writing Python, run in a sandbox; tools are functions there."),
+    _row(
+        "unsafe_python",
+        bool,
+        _TOOLS,
+        "Run its Python WITHOUT a sandbox: it may do whatever you may. Where none can be had.",
+    ),
+    _row("system", _TEXT, _LOOK, "System prompt.", "TEXT"),
+    _row(
+        "thinking",
+        bool | None,
+        _LOOK,
+        "Think first, where its template knows the switch.",
+        None,
+        "--think/--no-think",
+    ),
+    _row("prompt", _TEXT, _LOOK, "Answer this and leave; so does text on stdin.", "TEXT", "--prompt", "-p"),
+    _row("json", bool, _LOOK, "The answer to --prompt as JSON, with calls, usage and timings."),
+    _row("load", _TEXT, _LOOK, "Go on with a conversation of /save.", "FILE"),
+    _row("context_shift", bool, _LOOK, "When the context is full, forget the oldest turns and say so."),
+    _row("plain", bool, _LOOK, "No markdown, no colours."),
+    _row("no_history", bool, _LOOK, "Keep nothing of what is typed."),
+]
+
+
 def build_chat() -> Callable[..., Any]:
     """The callback of `kllm chat`."""
     flags = options.section_flags("SamplingSection", "Sampling")
@@ -22,7 +84,7 @@ def build_chat() -> Callable[..., Any]:
     def command(**values: Any) -> int:
         return _chat(flags, values)
 
-    parameters = [options.extra_parameter(extra) for extra in _extras()]
+    parameters = [options.extra_parameter(extra) for extra in _EXTRAS]
     parameters += options.flag_parameters(flags)
     command.__doc__ = (
         "Talk to a model, here or at an OpenAI-compatible address. It remembers the conversation; Ctrl-C "
@@ -31,139 +93,6 @@ def build_chat() -> Callable[..., Any]:
         "Example: kllm chat runs/quickstart --tools calculator"
     )
     return options.with_signature(command, parameters)
-
-
-def _flag(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel)
-
-
-def _extras() -> list[options.Extra]:
-    what = typer.Argument(
-        help="Run, stage, checkpoint, Hugging Face folder, GGUF or hub id; or the URL of a server; with "
-        "--base-url the model's name there.",
-        metavar="MODEL|URL",
-        show_default=False,
-    )
-    text, yes = str | None, bool
-    return [
-        ("model", Annotated[text, what], None),
-        (
-            "base_url",
-            Annotated[text, _flag("An OpenAI-compatible server.", _WHERE, "--base-url", metavar="URL")],
-            None,
-        ),
-        (
-            "api_key_file",
-            Annotated[
-                Path | None,
-                _flag(
-                    "File with the server's key; else KLLM_API_KEY or OPENAI_API_KEY.",
-                    _WHERE,
-                    "--api-key-file",
-                    metavar="FILE",
-                ),
-            ],
-            None,
-        ),
-        (
-            "adapter",
-            Annotated[
-                text,
-                _flag("A LoRA on it: PEFT folder, LoRA run or hub id.", _WHERE, "--adapter", metavar="DIR"),
-            ],
-            None,
-        ),
-        (
-            "device",
-            Annotated[str, _flag("auto, cpu, cuda, cuda:1, mps.", _WHERE, "--device", metavar="NAME")],
-            "auto",
-        ),
-        (
-            "raw",
-            Annotated[yes, _flag("No chat turns: the model goes on with the text.", _WHERE, "--raw")],
-            False,
-        ),
-        (
-            "tools",
-            Annotated[
-                list[str] | None,
-                _flag(
-                    "What it may call: calculator, clock, python, module:function, file.py:function.",
-                    _TOOLS,
-                    "--tools",
-                    metavar="A,B",
-                ),
-            ],
-            None,
-        ),
-        (
-            "codeact",
-            Annotated[
-                yes,
-                _flag(
-                    "It acts by writing Python, run in a sandbox; tools are functions there.",
-                    _TOOLS,
-                    "--codeact",
-                ),
-            ],
-            False,
-        ),
-        (
-            "unsafe_python",
-            Annotated[
-                yes,
-                _flag(
-                    "Run its Python WITHOUT a sandbox: it may do whatever you may. Where none can be had.",
-                    _TOOLS,
-                    "--unsafe-python",
-                ),
-            ],
-            False,
-        ),
-        ("system", Annotated[text, _flag("System prompt.", _LOOK, "--system", metavar="TEXT")], None),
-        (
-            "thinking",
-            Annotated[
-                bool | None,
-                _flag("Think first, where its template knows the switch.", _LOOK, "--think/--no-think"),
-            ],
-            None,
-        ),
-        (
-            "prompt",
-            Annotated[
-                text,
-                _flag(
-                    "Answer this and leave; so does text on stdin.", _LOOK, "--prompt", "-p", metavar="TEXT"
-                ),
-            ],
-            None,
-        ),
-        (
-            "json",
-            Annotated[
-                yes, _flag("The answer to --prompt as JSON, with calls, usage and timings.", _LOOK, "--json")
-            ],
-            False,
-        ),
-        (
-            "load",
-            Annotated[text, _flag("Go on with a conversation of /save.", _LOOK, "--load", metavar="FILE")],
-            None,
-        ),
-        (
-            "context_shift",
-            Annotated[
-                yes,
-                _flag(
-                    "When the context is full, forget the oldest turns and say so.", _LOOK, "--context-shift"
-                ),
-            ],
-            False,
-        ),
-        ("plain", Annotated[yes, _flag("No markdown, no colours.", _LOOK, "--plain")], False),
-        ("no_history", Annotated[yes, _flag("Keep nothing of what is typed.", _LOOK, "--no-history")], False),
-    ]
 
 
 def sampling_of(flags: list[options.Flag], values: dict[str, Any]) -> dict[str, Any]:
