@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kllm.errors import UserError
+from kllm.errors import KllmError, UserError
 from kllm.tools import codeact
 from kllm.tools.calculator import calculator
 from kllm.tools.clock import clock
-from kllm.tools.loop import ToolLoop
+from kllm.tools.loop import Result, ToolLoop
 from kllm.tools.registry import NAMES, Toolbox, find_tools, schemas
 from kllm.tools.text import clipped
 from kllm.tools.tool import ToolError, tool_of
@@ -370,7 +371,7 @@ def test_long_results_are_cut_in_the_middle() -> None:
         return "a" * 5000 + "汉" * 5000
 
     (result,) = ToolLoop(box_of(long)).run([call("long")])
-    assert result.text.startswith("aaa") and result.text.endswith("汉") and "bytes cut]" in result.text
+    assert result.text.startswith("aaa") and result.text.endswith("汉") and "bytes cut ...]" in result.text
     assert len(result.text.encode()) < 4096 + 40
 
 
@@ -409,3 +410,61 @@ def test_the_system_prompt_names_the_functions() -> None:
     assert text.startswith("Be kind.\n\n") and "def calculator(expression: str) -> str:" in text
     assert "functions are defined" not in codeact.system_prompt([])
     assert codeact.shown("4\n") == "Output:\n4\n" and "nothing" in codeact.shown(" \n")
+
+
+# -- Python in the box ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def python_box() -> Iterator[Toolbox]:
+    with Toolbox(find_tools(["python", "calculator"])) as box:
+        yield box
+
+
+def test_python_keeps_its_variables_and_its_errors_are_results(python_box: Toolbox) -> None:
+    loop = ToolLoop(python_box)
+
+    def ran(code: str) -> Result:
+        return loop.run([call("python", code=code)])[0]
+
+    assert (ran("x = sorted([3, 1, 2])").text, ran("print(x)").text) == ("(no output)", "[1, 2, 3]\n")
+    assert ran("x[-1]").text == "3\n", "the last value, as in a REPL"
+    wrong = ran("x[7]")
+    assert wrong.error and "IndexError" in wrong.text and "x[7]" in wrong.text
+    assert "calculator" not in ran("print(dir())").text, "only code that acts has functions"
+    assert loop.run([call("python", source="1")])[0].text.startswith("error: python: code: Field required")
+
+
+def test_ctrl_c_and_the_end_of_the_box(python_box: Toolbox) -> None:
+    python_box.interrupted = lambda: True
+    with pytest.raises(ToolError, match="interrupted"):
+        python_box.call("python", '{"code": "while True: pass"}')
+    python_box.interrupted = None
+    assert python_box.call("python", '{"code": "1+1"}') == "2\n"
+    assert python_box.sandbox is not None
+    python_box.close()
+    with pytest.raises(KllmError, match="closed"):
+        python_box.call("python", '{"code": "1+1"}')
+
+
+def test_without_a_sandbox_python_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kllm.tools.sandbox import process
+
+    monkeypatch.setattr(process, "landlock_abi", lambda: 0)
+    for options in {"tools": find_tools(["python"])}, {"tools": [], "code": True}:
+        with pytest.raises(UserError, match="needs Linux 5.13.*--unsafe-python") as failure:
+            Toolbox(**options)  # type: ignore[arg-type]
+        assert "\n" not in str(failure.value)
+    with Toolbox(find_tools(["python"]), unsafe_python=True) as box:
+        assert box.call("python", '{"code": "1+1"}') == "2\n"
+    Toolbox(find_tools(["calculator"]))  # the others need none
+
+
+def test_code_calls_the_other_tools_as_functions() -> None:
+    with Toolbox([*find_tools(["calculator,python"]), tool_of(weather)], code=True) as box:
+        ran = box.run("w = weather('北京', days=2)\nprint(w['city'], w['days'] + int(calculator('2*3')))")
+        assert (ran.output, ran.error) == ("北京 8\n", None)
+        ran = box.run("calculator('1/0')")
+        assert ran.error is not None and "division by zero" in ran.output
+        assert "NameError" in box.run("python('1')").output
+        assert [tool.name for tool in box.functions()] == ["calculator", "weather"]

@@ -47,7 +47,7 @@ class Limits:
     cpu_seconds: int = 5
     memory: int = 512 << 20
     file_bytes: int = 1 << 20
-    output: int = 4096
+    output: int = 3840  # with what is said about its end, a result of 4 kB
     open_files: int = 32
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kllm.tools.sandbox.process import SCRATCH_SIZES, Limits, Worker, scratch_is_full
+from kllm.tools.text import Kept
 
 Function = Callable[[list[Any], dict[str, Any]], Any]
 
@@ -46,31 +47,6 @@ class Ran:
     error: str | None
     lost: bool
     seconds: float
-
-
-class Kept:
-    """The first and the last half of `limit` bytes of a stream of any length."""
-
-    def __init__(self, limit: int) -> None:
-        self.half = max(1, limit // 2)
-        self.head = b""
-        self.tail = b""
-        self.total = 0
-
-    def add(self, chunk: bytes) -> None:
-        self.total += len(chunk)
-        room = self.half - len(self.head)
-        self.head += chunk[:room]
-        self.tail = (self.tail + chunk[room:])[-self.half :]
-
-    def text(self) -> str:
-        """As UTF-8, with a line that says how much was cut, if anything was."""
-        cut = self.total - len(self.head) - len(self.tail)
-        if not cut:
-            return (self.head + self.tail).decode("utf-8", "replace")
-        head = self.head.decode("utf-8", "replace").rstrip("\ufffd")
-        tail = self.tail.decode("utf-8", "replace").lstrip("\ufffd")
-        return f"{head}\n[... {cut:,} bytes cut ...]\n{tail}"
 
 
 def how_it_ended(code: int | None, limits: Limits) -> str:
