@@ -205,15 +205,20 @@ class Conversation:
     def _code(self, turn: Turn, interrupted: Callable[[], bool], attempt: int) -> Iterator[Item]:
         """Runs the code of each answer until one has none."""
         assert self.box is not None
+        last = None
         for _ in range(ROUNDS):
             message = yield from self._answer(turn, interrupted, attempt, calls=False)
             code = codeact.code_of(message.get("content") or "")
             if code is None or turn.finish_reason == "cancelled":
                 return
+            if code == last:
+                yield Note("stopped: the same code twice in a row")
+                return
+            last = code
             yield Calling("python", code)
             ran = self.box.run(code)
             turn.messages.append({"role": "user", "content": codeact.shown(ran.output)})
-            called = Called("python", code, ran.output, ran.error is not None, ran.seconds)
+            called = Called("python", code, ran.output, ran.error is not None, ran.seconds, told=True)
             turn.called.append(called)
             yield called
             if interrupted():

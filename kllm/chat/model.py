@@ -54,7 +54,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Called:
-    """A tool that was run, here or (`there`) by the server."""
+    """A tool that was run, here or (`there`) by the server; `told`: its arguments were part of the answer."""
 
     name: str
     arguments: str
@@ -62,6 +62,7 @@ class Called:
     error: bool
     seconds: float
     there: bool = False
+    told: bool = False
 
 
 class ContextFull(UserError):

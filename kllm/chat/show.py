@@ -241,7 +241,7 @@ def _box(called: Called) -> ConsoleRenderable:
     result = Text("\n".join(lines[:_RESULT_LINES]) + more, style="red" if called.error else "green")
     where = " (server)" if called.there else ""
     return Panel(
-        Group(asked, result),
+        Group(*([] if called.told or not arguments.strip() else [asked]), result),
         title=f"{harmless(called.name)}{where}",
         title_align="left",
         subtitle=f"{called.seconds:.2f} s",

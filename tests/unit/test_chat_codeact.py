@@ -86,6 +86,12 @@ def test_rounds_are_limited(talk: Any) -> None:
     ]
 
 
+def test_the_same_code_twice_in_a_row_ends_it(talk: Any) -> None:
+    chat, _ = talk(code("1"), code("2"), code("1"), code("1"), "never")
+    items = list(chat.ask("?"))
+    assert outputs(items) == ["1\n", "2\n", "1\n"] and "twice in a row" in items[-1].text
+
+
 def test_ctrl_c_ends_the_code(talk: Any) -> None:
     chat, model = talk(code("while True: pass"), "never")
     pressed: list[bool] = []
