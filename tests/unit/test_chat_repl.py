@@ -218,20 +218,19 @@ def test_thinking_folds_and_calls_stand_in_boxes() -> None:
     assert "38 more lines" in long
 
 
-@given(
-    st.lists(
-        st.sampled_from(["a", "\n", "\n\n", "```", "```py\n", "- x", "1. y", "    c", "|t|", "# h", " "]),
-        max_size=14,
-    )
-)
-def test_blocks_add_up_however_they_come(pieces: list[str]) -> None:
+LINES = ("a", "", "```", "- x", "1. y", "    c", "|t|", "# h", " ", "a```b", "  - z", "你好")
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=12), st.integers(1, 9))
+def test_blocks_add_up_however_they_come(lines: list[str], step: int) -> None:
     """What was printed and what is left is the text, and code is never cut."""
+    text = "\n".join(lines)
     printed, tail = "", ""
-    for piece in pieces:
-        done, tail = split_blocks(tail + piece)
+    for at in range(0, len(text), step):
+        done, tail = split_blocks(tail + text[at : at + step])
         printed += done
-        assert done.count("```") % 2 == 0
-    assert printed + tail == "".join(pieces)
+        assert done.splitlines().count("```") % 2 == 0
+    assert printed + tail == text
 
 
 def test_a_list_and_code_are_never_cut() -> None:
