@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -30,7 +31,7 @@ class Background:
         return self._each()
 
     def __exit__(self, *failure: object) -> None:
-        if self._thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # it has come to its end and closed the loop
             self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
         self._thread.join(5)
 

@@ -70,6 +70,10 @@ def script(body: dict[str, Any]) -> Any:
             "- one\n",
             "- two",
         ]
+    if asked.startswith("Output:"):
+        return [f"It printed {asked.split()[1]}."]
+    if "code" in asked:
+        return ["Let me see.\n```python\n", "n = globals().get('n', 0) + 1\nprint(n * 21)\n```"]
     if "slow" in asked:
         return (f"word{i} " for i in range(3000))
     return [f"You said: {asked}"]
@@ -191,6 +195,24 @@ def test_how_answers_look(server: Scripted, terminal: Start) -> None:
     tty.type("\x04")
     assert tty.close() == 0
     assert b"\x1b[" in tty.raw
+
+
+def test_code_that_acts_on_a_terminal_and_in_a_pipe(
+    server: Scripted, terminal: Start, tmp_path: Path
+) -> None:
+    tty = terminal(["chat", server.url, "--codeact"])
+    tty.sees("the model acts by writing Python, which a sandbox runs")
+    tty.say("code, please")
+    tty.sees("It printed 21.")
+    assert "╭─ python" in tty.text and "print(n * 21)" in tty.text
+    tty.say("more code")
+    tty.sees("It printed 42.")  # variables live on
+    tty.ready()
+    tty.type("\x04")
+    assert tty.close() == 0
+    done = kllm("chat", server.url, "--codeact", "-p", "code", "--json", cwd=tmp_path, env=ENV)
+    row = json.loads(done.stdout)
+    assert row["text"] == "It printed 21." and row["tool_calls"][0]["result"] == "21\n"
 
 
 def test_retry_undo_edit_think_save_and_load(server: Scripted, terminal: Start, tmp_path: Path) -> None:
