@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from scripted_server import serving
 from support import TINY, kllm
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -122,6 +123,25 @@ def test_adapters_preferences_and_distillation(lab: Path) -> None:
     for run in ("aligned", "online", "small", "gkd", "blackbox"):
         assert list((lab / "runs" / run).glob("01-*/final/model.safetensors")), run
     assert (lab / "merged" / "model.safetensors").is_file()
+
+
+def test_talk_tools_and_code(lab: Path) -> None:
+    """Their block, line by line, with the model of the first block; a scripted server stands at the address."""
+    block = next(b for b in BLOCKS if "--codeact" in b)
+    own = re.search(r"```python\n# (\S+)\n(.*?)```", README, flags=re.DOTALL)
+    assert own is not None
+    (lab / own[1]).write_text(own[2], encoding="utf-8")
+    with serving(lambda body: ["hello"]) as server:
+        for written in block.splitlines():
+            line = written.partition("  #")[0].replace("http://127.0.0.1:8000", server.url)
+            before, _, command = line.rpartition("kllm ")
+            words = shlex.split(command)
+            if words[0] == "serve":
+                continue  # test_serve_tool_flags
+            piped = shlex.split(before)[1] if before else ""
+            asked = [] if piped or "-p" in words else ["-p", "hi"]
+            done = kllm(*words, *asked, "--max-tokens", "8", cwd=lab, stdin=piped)
+            assert done.stdout.strip(), line
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if "chat" not in c.split()[1]], ids=lambda c: c[:40])
