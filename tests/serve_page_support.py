@@ -187,6 +187,8 @@ def _deltas(fake: Fake, body: dict[str, Any], asked: str) -> Iterator[dict[str, 
         yield {"tool_calls": [call]}
         for piece in ('{"city"', ': "Paris",', ' "days": 3}'):
             yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
+    elif "calculate" in asked:
+        yield from _calculated(asked)
     elif "hostile" in asked:
         yield from _words("\n\n".join(HOSTILE))
     elif "broken" in asked:
@@ -216,6 +218,25 @@ def _deltas(fake: Fake, body: dict[str, Any], asked: str) -> Iterator[dict[str, 
                 yield {"reasoning_content": word + " "}
         text = DEMO if "demo" in asked else f"Answer {len(fake.requests)} to: {asked}"
         yield from _words(text)
+
+
+def _calculated(asked: str) -> Iterator[dict[str, Any]]:
+    """An answer for which the server ran tools."""
+    yield from _words("Let me calculate.")
+    first, second = '{"expression": "12*12"}', '{"code": "print(1/0)", "n": 2}'
+    yield _told(type="call", id="c1", name="calculator", arguments=first)
+    if "and stop" in asked:
+        yield from ({} for _ in range(2000))
+    yield _told(type="result", id="c1", name="calculator", content="144", is_error=False, seconds=0.04)
+    yield from _words("\n\nThat was one.")
+    yield _told(type="call", id="c2", name="python", arguments=second)
+    failed = {"content": "error: ZeroDivisionError " + HOSTILE[0], "is_error": True, "seconds": 12.3}
+    yield _told(type="result", id="c2", name="python", **failed)
+    yield from _words("\n\nIt is **144**.")
+
+
+def _told(**event: Any) -> dict[str, Any]:
+    return {"tool_events": [event]}
 
 
 def _words(text: str) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ import typer
 from kllm.cli.options import EVERYDAY, extra_parameter, with_signature
 from kllm.errors import UserError
 
-_ACCESS, _LIMITS, _MODEL = "Access", "Limits", "Model and memory"
+_ACCESS, _LIMITS, _MODEL, _TOOLS = "Access", "Limits", "Model and memory", "Tools"
 _Texts = list[str] | None
 _CHECKS: dict[str, Callable[[str], Any]] = {}
 _LEAST_BODY = 1 << 10
@@ -116,6 +116,23 @@ _PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
     _row("device", str, "auto", EVERYDAY, "Where to compute: auto, cpu, cuda, cuda:1, mps.", "NAME"),
     _row("quant", Literal["none", "int8", "int4"], "none", EVERYDAY, "Weights in fewer bits."),
     _row(
+        "tools",
+        _Texts,
+        None,
+        _TOOLS,
+        "What models may call and the server runs: calculator, clock, python, or one's own as "
+        "module:function or file.py:function; commas between.",
+        "NAME",
+    ),
+    _row(
+        "unsafe_python",
+        bool,
+        False,
+        _TOOLS,
+        "Run the model's python without the sandbox: it can then do all that you can.",
+    ),
+    _row("max_sandboxes", int, 4, _TOOLS, "Requests that may run python at once.", "N", least=1),
+    _row(
         "api_key",
         _Texts,
         None,
@@ -177,7 +194,7 @@ _LOADING = (
 )  # fmt: skip
 _SERVING = (
     "host", "port", "max_queue", "max_running", "max_n", "reasoning_field", "pooling", "metrics_public",
-    "log_requests", "allow_request_template", "exit_on_error",
+    "log_requests", "allow_request_template", "exit_on_error", "unsafe_python", "max_sandboxes",
 )  # fmt: skip
 
 
@@ -203,6 +220,7 @@ def build_serve() -> Callable[..., Any]:
         from kllm.serve.middleware import digests
         from kllm.serve.settings import Settings
         from kllm.serve.sources import sources_of
+        from kllm.serve.toolflags import open_tools
 
         options = LoadOptions(
             kv_memory=sizes["kv_memory"],
@@ -217,6 +235,7 @@ def build_serve() -> Callable[..., Any]:
             request_timeout=_seconds("request_timeout", values["request_timeout"]),
             queue_timeout=_seconds("queue_timeout", values["queue_timeout"]),
             drain=_seconds("drain", values["drain"]) or 0.0,
+            tools=open_tools(values["tools"] or (), values["unsafe_python"]),
             **{name: values[name] for name in _SERVING},
         )
         return serve(

@@ -14,6 +14,7 @@ from kllm.serve.metrics import Metrics
 from kllm.serve.middleware import BodyLimit, Frame, Gate
 from kllm.serve.openapi import openapi_of
 from kllm.serve.registry import Registry
+from kllm.serve.servertools import ServerTools
 from kllm.serve.settings import Settings
 
 _MODULES = (chat, completions, embeddings, models, tokens, responses, render, ops, page)
@@ -22,7 +23,7 @@ _MODULES = (chat, completions, embeddings, models, tokens, responses, render, op
 def create_app(registry: Registry, settings: Settings | None = None) -> FastAPI:
     """The server over the models of `registry`, which may still be loading.
 
-    `app.state` has `registry`, `settings` and `metrics`.
+    `app.state` has `registry`, `settings`, `metrics` and `tools`.
     """
     settings = settings or Settings()
     app = FastAPI(
@@ -34,6 +35,7 @@ def create_app(registry: Registry, settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.registry, app.state.settings, app.state.metrics = registry, settings, Metrics()
+    app.state.tools = ServerTools(settings.tools, settings.unsafe_python, settings.max_sandboxes)
     for module in _MODULES:
         app.include_router(module.router)
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)

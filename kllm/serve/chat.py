@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
-from kllm.engine.answer import Answer, Reading, delta_of, message_of, usage_of
-from kllm.errors import UserError
+from kllm.engine.answer import delta_of, message_of, usage_of
 from kllm.serve.body import parsed
-from kllm.serve.errors import ApiError, from_user_error, internal_error
-from kllm.serve.fields import Flag, Integer, SamplingFields, room
-from kllm.serve.logprobs import chat_entry
+from kllm.serve.job import ChatJob, ChatRequest, chunk, chunks_of, end_of, logprobs_of, prepared
 from kllm.serve.openapi import described
-from kllm.serve.prompt import SECONDS, ConversationFields, rendered
 from kllm.serve.runtime import until_disconnect
 from kllm.serve.sse import EventStream, event
-from kllm.serve.structured import Grammar, StructuredFields, compiled
-from kllm.serve.tools import CHOICE_SCHEMA, ToolPlan, tool_plan
-from kllm.serve.worker import TookTooLong, limited
+from kllm.serve.toolloop import Rounds
 from kllm.tokenizer.parts import Part
-from kllm.tokenizer.thinking import END_THINK
-from kllm.tokenizer.toolcalls import TOOL_CALL
 
 if TYPE_CHECKING:
-    from kllm.engine.params import SamplingParams
-    from kllm.serve.registry import Served
-    from kllm.serve.settings import Settings
     from kllm.serve.ticket import Ticket
-    from kllm.tokenizer.tokenizer import Tokenizer
 
 router = APIRouter()
 
 
-class ChatRequest(SamplingFields, ConversationFields, StructuredFields):
-    """A conversation, and how its next message is to be written."""
-
-    max_tokens: Integer | None = Field(None, ge=1, description="Cut to what the context leaves.")
-    max_completion_tokens: Integer | None = Field(None, ge=1, description="Goes before max_tokens.")
-    tool_choice: Annotated[Any, WithJsonSchema(CHOICE_SCHEMA)] = None
-    parallel_tool_calls: Flag = True
-    logprobs: Flag = False
-    top_logprobs: Integer | None = Field(None, ge=0, le=20, description="Needs logprobs.")
-
-    def check(self, max_n: int) -> None:
-        """What several fields say together.
-
-        Raises:
-            ApiError: 400.
-        """
-        super().check(max_n)
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs is only allowed with logprobs: true", param="top_logprobs")
-
-
 class ChatAnswer(BaseModel):
-    """The whole answer."""
+    """The whole answer. Where the server ran tools, the message has `tool_events` too."""
 
     id: str
     object: str
@@ -72,139 +36,23 @@ class ChatAnswer(BaseModel):
     system_fingerprint: str | None
 
 
-@dataclass(frozen=True)
-class ChatJob:
-    """A request that is checked and ready for the engine.
-
-    Attributes:
-        ids: the prompt's tokens.
-        params: one per choice.
-        reading: how the answers are read.
-        reasoning_field: where thinking goes.
-        logprobs: whether they were asked for.
-        head: what the answer and every chunk begin with, but for `object`.
-    """
-
-    served: Served
-    ids: list[int]
-    params: list[SamplingParams]
-    reading: Reading
-    reasoning_field: str
-    logprobs: bool
-    head: dict[str, Any]
-
-    def submit(self) -> Ticket:
-        """Admits it.
-
-        Raises:
-            ApiError: 429, 503.
-        """
-        return self.served.runtime.submit([self.ids] * len(self.params), self.params)
-
-    def answers(self) -> list[Answer]:
-        """A fresh one per choice."""
-        return [Answer(self.reading) for _ in self.params]
-
-
 @router.post("/v1/chat/completions", **described(ChatRequest, ChatAnswer, stream=True))
 async def chat_completions(request: Request) -> Any:
     """The assistant's next message."""
     body = await parsed(request, ChatRequest)
     state = request.app.state
-    job = await prepared(body, state.registry.get(body.model), state.settings)
+    served = state.registry.get(body.model)
+    tools = state.tools.wanted(body)
+    if tools:
+        rounds = await Rounds.begin(body, served, state.settings, state.tools, tools)
+        if body.stream:
+            return EventStream(rounds.stream(body.include_usage), rounds.cancel)
+        return JSONResponse(await until_disconnect(request, rounds.whole(), rounds))
+    job = await prepared(body, served, state.settings)
     ticket = job.submit()
     if body.stream:
         return EventStream(_stream(job, ticket, body.include_usage), ticket.cancel)
     return JSONResponse(await until_disconnect(request, _whole(job, ticket), ticket))
-
-
-async def prepared(body: ChatRequest, served: Served, settings: Settings) -> ChatJob:
-    """Everything that can go wrong before the first token: checks, prompt, grammar, parameters.
-
-    Raises:
-        ApiError: 400.
-    """
-    body.check(settings.max_n)
-    plan, grammar = await _restrictions(body)
-    if plan.forced is not None and body.structured_outputs is not None:
-        message = "structured_outputs and a tool_choice that forces a call exclude each other"
-        raise ApiError(400, message, param="structured_outputs")
-    runtime = served.runtime
-    prompt = await rendered(body, runtime, settings)
-    wanted = body.max_completion_tokens or body.max_tokens
-    limit = room(runtime.max_context, len(prompt.ids), wanted)
-    tokenizer = runtime.tokenizer
-    assert tokenizer is not None  # it rendered the prompt
-    reading = Reading(
-        tokenizer,
-        thinking=prompt.thinking,
-        split=settings.reasoning_field != "none",
-        parsed=plan.parsed,
-        guaranteed=plan.forced is not None,
-        several=plan.several,
-        prompt=prompt.ids,
-        constrained=grammar is not None and plan.forced is None,
-        stop_ids=frozenset(
-            (*tokenizer.stop_token_ids, *(body.stop_token_ids or ()), *_stop_tokens(body, tokenizer))
-        ),
-    )
-    if plan.forced is not None:
-        grammar = _tool_grammar(plan)
-    after = END_THINK if prompt.thinking else None
-    params = body.sampling(
-        limit,
-        vocab_size=runtime.engine.shape.vocab_size,
-        defaults=served.generation_config,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=None if grammar is None else await compiled(runtime, grammar, after),
-        shown=reading.shown(),
-        banned=_banned(plan, tokenizer),
-        adapter=served.adapter,
-    )
-    if plan.forced is not None:  # a stop string inside its JSON would cut the call
-        params = [replace(one, stop=()) for one in params]
-    try:
-        runtime.engine.check(prompt.ids, params[0])
-    except UserError as e:
-        error = from_user_error(e)
-        raise ApiError(
-            400, error.message, param="messages" if error.param == "prompt" else error.param
-        ) from None
-    head = {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": body.model or served.name,
-    }
-    return ChatJob(served, prompt.ids, params, reading, settings.reasoning_field, body.logprobs, head)
-
-
-async def _restrictions(body: ChatRequest) -> tuple[ToolPlan, Grammar | None]:
-    """What tools and formats demand of the answer; large schemas take a while to check."""
-
-    def both() -> tuple[ToolPlan, Grammar | None]:
-        return tool_plan(body.tools, body.tool_choice, body.parallel_tool_calls), body.grammar()
-
-    try:
-        return await limited(SECONDS, both)
-    except TookTooLong:
-        raise ApiError(400, f"the schemas take longer than {SECONDS:g} s to check", param="tools") from None
-
-
-def _stop_tokens(body: ChatRequest, tokenizer: Tokenizer) -> list[int]:
-    """Stop strings that are control tokens: the engine stops at the token."""
-    special = tokenizer.special_tokens
-    return [special[stop] for stop in body.stop or () if stop in special]
-
-
-def _banned(plan: ToolPlan, tokenizer: Tokenizer) -> list[int]:
-    token = tokenizer.added_tokens.get(TOOL_CALL)
-    return [token] if plan.banned and token is not None else []
-
-
-def _tool_grammar(plan: ToolPlan) -> Grammar:
-    forced, several = plan.forced or [], plan.several
-    return Grammar(lambda compiler, after: compiler.tools(forced, repeat=several, after=after), "tools")
 
 
 async def _whole(job: ChatJob, ticket: Ticket) -> dict[str, Any]:
@@ -213,18 +61,15 @@ async def _whole(job: ChatJob, ticket: Ticket) -> dict[str, Any]:
     async for batch in ticket.batches():
         for index, news in batch:
             parts[index] += answers[index].take(news)
-    choices = []
-    for index, answer in enumerate(answers):
-        if answer.finish_reason not in ("stop", "length", "tool_calls"):
-            raise internal_error()
-        choices.append(
-            {
-                "index": index,
-                "message": message_of(parts[index], job.reasoning_field),
-                "logprobs": _logprobs(job, answer),
-                "finish_reason": answer.finish_reason,
-            }
-        )
+    choices = [
+        {
+            "index": index,
+            "message": message_of(parts[index], job.reasoning_field),
+            "logprobs": logprobs_of(job, answer),
+            "finish_reason": end_of(answer),
+        }
+        for index, answer in enumerate(answers)
+    ]
     usage = usage_of(len(job.ids), answers)
     return {**job.head, "choices": choices, "usage": usage, "system_fingerprint": job.served.fingerprint}
 
@@ -237,45 +82,15 @@ async def _stream(job: ChatJob, ticket: Ticket, include_usage: bool) -> AsyncIte
     async for batch in ticket.batches():
         chunks: list[dict[str, Any]] = []
         for index, news in batch:
+            answer = answers[index]
             if index not in begun:
                 begun.add(index)
-                chunks.append(_chunk(index, {"role": "assistant", "content": ""}))
-            chunks += _chunks(job, index, answers[index], answers[index].take(news))
+                chunks.append(chunk(index, {"role": "assistant", "content": ""}))
+            deltas = [delta_of(part, job.reasoning_field) for part in answer.take(news)]
+            chunks += chunks_of(job, index, answer, deltas)
+            if answer.finish_reason:
+                chunks.append(chunk(index, {}, end_of(answer)))
         if chunks:
-            yield b"".join(event({**head, "choices": [chunk], **usage}) for chunk in chunks)
+            yield b"".join(event({**head, "choices": [one], **usage}) for one in chunks)
     if include_usage:
         yield event({**head, "choices": [], "usage": usage_of(len(job.ids), answers)})
-
-
-def _chunks(job: ChatJob, index: int, answer: Answer, parts: list[Part]) -> list[dict[str, Any]]:
-    """The chunks of one choice for what an event brought, the last with the reason if it has ended."""
-    chunks = [_chunk(index, delta_of(part, job.reasoning_field)) for part in parts]
-    ended = answer.finish_reason
-    if chunks or ended:
-        # The log-probabilities go with the last piece of the text that they belong to.
-        logprobs = _logprobs(job, answer)
-        if logprobs is not None and logprobs["content"]:
-            if not chunks:
-                chunks.append(_chunk(index, {"content": ""}))
-            chunks[-1]["logprobs"] = logprobs
-    if ended:
-        if ended not in ("stop", "length", "tool_calls"):
-            raise internal_error()
-        chunks.append(_chunk(index, {}, ended))
-    return chunks
-
-
-def _chunk(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _logprobs(job: ChatJob, answer: Answer) -> dict[str, Any] | None:
-    """The object for what was given out since the last call."""
-    if not job.logprobs:
-        return None
-    shown, tokenizer = job.reading.shown(), job.reading.tokenizer
-    content = [chat_entry(tokenizer, entry, shown=shown) for entry in answer.pop_entries()]
-    if answer.overhang and content:
-        text = bytes(content[-1]["bytes"]).decode("utf-8", "replace")
-        content[-1]["bytes"] = list(text[: -answer.overhang].encode())
-    return {"content": content, "refusal": None}

@@ -27,6 +27,7 @@ from kllm.serve.registry import Registry
 from kllm.serve.runtime import draining_error
 from kllm.serve.settings import Settings
 from kllm.serve.sources import Source
+from kllm.serve.toolflags import introduced
 
 log = logging.getLogger("kllm.serve")
 
@@ -117,6 +118,8 @@ def serve(
 
     open_port(listener)
     say(f"listening on {url}; loading")
+    for line in introduced(settings):
+        say(line)
     if exposed(settings):
         say(f"warning: whoever reaches {url} can use it; --api-key-file asks for a key")
     loader = threading.Thread(target=load, name="load", daemon=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ class ModelMetrics:
     def __init__(self) -> None:
         self.rejected = self.prompt_tokens = self.generation_tokens = 0
         self.reasons = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+        self.tool_calls: Counter[tuple[str, str]] = Counter()
+        """By (tool, outcome)."""
         self.first_token = Histogram()
         self.between_tokens = Histogram(_SHORT)
         self.whole = Histogram()
@@ -81,6 +84,14 @@ class Metrics:
             for reason, count in one.metrics.reasons.items()
         ]
         family(name, "counter", "Finished requests by the reason of their end.", reasons)
+        name = "kllm:tool_calls_total"
+        calls = [
+            f'{name}{{{label},tool="{_escaped(tool)}",outcome="{outcome}"}} {count}'
+            for one, label in pairs
+            for (tool, outcome), count in sorted(one.metrics.tool_calls.items())
+        ]
+        if calls:
+            family(name, "counter", "Calls of the server's tools by what came of them.", calls)
         for name, attribute, text in _HISTOGRAMS:
             samples = [
                 line

@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse
 from kllm.serve.body import parsed
 from kllm.serve.fields import Text
 from kllm.serve.openapi import described
-from kllm.serve.prompt import ConversationFields, Prompt, rendered
+from kllm.serve.prompt import Prompt, rendered
+from kllm.serve.servertools import ServerToolFields
 
 if TYPE_CHECKING:
     from kllm.serve.registry import Served
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 router = APIRouter()
 
 
-class RenderRequest(ConversationFields):
+class RenderRequest(ServerToolFields):
     """A chat request; what concerns sampling is ignored."""
 
     model: Text | None = Field(None, description="A name from /v1/models; the first one if absent.")
@@ -46,8 +47,11 @@ class RenderAnswer(BaseModel):
 async def render(request: Request) -> Any:
     """What the model would read."""
     body = await parsed(request, RenderRequest)
-    served = request.app.state.registry.get(body.model)
-    prompt = await rendered(body, served.runtime, request.app.state.settings)
+    state = request.app.state
+    served = state.registry.get(body.model)
+    if tools := state.tools.shown_to(body):
+        body = body.model_copy(update={"tools": [tool.schema() for tool in tools]})
+    prompt = await rendered(body, served.runtime, state.settings)
     return await asyncio.to_thread(_answer, body, served, prompt)
 
 

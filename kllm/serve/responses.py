@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse
 
 from kllm.engine.answer import Answer, usage_of
 from kllm.serve.body import parsed, validated
-from kllm.serve.chat import ChatJob, ChatRequest, prepared
 from kllm.serve.errors import ApiError, internal_error
 from kllm.serve.fields import Fields, Flag, Integer, Number, Text
+from kllm.serve.job import ChatJob, ChatRequest, prepared
 from kllm.serve.messages import MAX_MESSAGES
 from kllm.serve.openapi import described
 from kllm.serve.response_input import (

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -19,6 +19,7 @@ from kllm.errors import UserError
 from kllm.serve.errors import ApiError, ClientGone, context_error, from_user_error
 from kllm.serve.metrics import ModelMetrics
 from kllm.serve.settings import Settings
+from kllm.serve.stay import Stay
 from kllm.serve.thread import EngineThread, soon
 from kllm.serve.ticket import Batch, Ticket
 
@@ -64,6 +65,7 @@ class EngineRuntime:
         self._on_dead = on_dead
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: set[Ticket] = set()
+        self._stays: set[Stay] = set()
         self._buried = False
         self._calls: set[asyncio.Future[Any]] = set()
         self._service = 1.0  # mean seconds from start to finish of a request
@@ -103,7 +105,12 @@ class EngineRuntime:
     # -- the event loop's side -----------------------------------------------------------------------
 
     def submit(
-        self, prompts: list[list[int]], params: list[SamplingParams], *, timeout: float | None = None
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        *,
+        timeout: float | None = None,
+        stay: Stay | None = None,
     ) -> Ticket:
         """Queues one request per prompt; n choices are n equal prompts.
 
@@ -111,6 +118,7 @@ class EngineRuntime:
             prompts: token ids.
             params: one per prompt.
             timeout: seconds for the whole, instead of the server's own limit.
+            stay: the request is admitted already, and its time runs; this is its next round.
 
         Raises:
             ApiError: 400 a bad prompt, 429 `queue_full` with Retry-After, 503 `draining` or `engine_dead`.
@@ -118,22 +126,38 @@ class EngineRuntime:
         self._loop = asyncio.get_running_loop()
         self._check(prompts, params)
         metrics = self.metrics_of(params[0].adapter)
-        self._admit(len(prompts), metrics)
+        if stay is None:
+            self._admit(len(prompts), metrics)
+        else:
+            stay.check()
+            if self.dead:
+                raise dead_error()
         metrics.prompt_tokens += sum(map(len, prompts))
-        ticket = Ticket(prompts, params, self._cancel, time.monotonic())
-        self.in_flight += len(prompts)
+        ticket = Ticket(prompts, params, self._cancel, time.monotonic(), counted=stay is None)
         self._live.add(ticket)
-        total = self.settings.request_timeout if timeout is None else timeout
-        if total:
-            message = f"The request took longer than {total:g} s."
-            ticket.expire_in(total, ApiError(408, message, code="request_timeout"))
-        if wait := self.settings.queue_timeout:
-            message = f"The request waited longer than {wait:g} s."
-            headers = {"Retry-After": str(self.retry_after())}
-            error = ApiError(503, message, code="queue_timeout", headers=headers)
-            ticket.expire_in(wait, error, unless_started=True)
+        if stay is None:
+            self.in_flight += len(prompts)
+            self._limit(ticket, timeout)
+        if stay is None or not stay.begun:
+            self._limit_waiting(ticket)
+        if stay is not None:
+            stay.begin(ticket)
         self._thread.start(ticket)
         return ticket
+
+    def admit(self, adapter: str | None = None) -> Stay:
+        """A place for a request of several rounds, each of them to be submitted with it.
+
+        Raises:
+            ApiError: as `submit`.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._admit(1, self.metrics_of(adapter))
+        stay = Stay(self._left)
+        self._stays.add(stay)
+        self.in_flight += 1
+        self._limit(stay, None)
+        return stay
 
     async def embed(self, prompt_ids: Sequence[int], pooling: str, adapter: str | None = None) -> list[float]:
         """The pooled hidden state [H] of a prompt, not normalised.
@@ -190,6 +214,8 @@ class EngineRuntime:
 
     def abort(self, error: ApiError) -> None:
         """Every caller gets `error` now."""
+        for stay in list(self._stays):
+            stay.fail(error)
         for ticket in list(self._live):
             ticket.fail(error)
         for future in list(self._calls):
@@ -227,6 +253,25 @@ class EngineRuntime:
             message = f"The queue is full; try again in {seconds} s."
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
+    def _limit(self, one: Ticket | Stay, timeout: float | None) -> None:
+        """The time for the whole."""
+        total = self.settings.request_timeout if timeout is None else timeout
+        if total:
+            message = f"The request took longer than {total:g} s."
+            one.expire_in(total, ApiError(408, message, code="request_timeout"))
+
+    def _limit_waiting(self, ticket: Ticket) -> None:
+        """The time in the queue."""
+        if wait := self.settings.queue_timeout:
+            message = f"The request waited longer than {wait:g} s."
+            headers = {"Retry-After": str(self.retry_after())}
+            error = ApiError(503, message, code="queue_timeout", headers=headers)
+            ticket.expire_in(wait, error, unless_started=True)
+
+    def _left(self, stay: Stay) -> None:
+        self._stays.discard(stay)
+        self.in_flight -= 1
+
     def _cancel(self, ticket: Ticket) -> None:
         self._thread.drop(ticket)
 
@@ -253,7 +298,7 @@ class EngineRuntime:
                 metrics.between_tokens.observe((now - before) / count, count)
             ticket.newest[index] = now
         if event.finish_reason is not None:
-            self.in_flight -= 1
+            self.in_flight -= ticket.counted
             metrics.finished(event.finish_reason)
             metrics.whole.observe(now - ticket.created)
             if event.finish_reason in ("stop", "length"):
@@ -286,7 +331,15 @@ def draining_error() -> ApiError:
     return ApiError(503, "The server is shutting down.", code="draining", headers=headers)
 
 
-async def until_disconnect(request: Request, coroutine: Coroutine[Any, Any, T], ticket: Ticket | None) -> T:
+class Cancellable(Protocol):
+    """What can be stopped, e.g. a ticket."""
+
+    def cancel(self) -> None: ...
+
+
+async def until_disconnect(
+    request: Request, coroutine: Coroutine[Any, Any, T], ticket: Cancellable | None
+) -> T:
     """Awaits a whole answer while watching the connection; the body must have been read.
 
     Raises:

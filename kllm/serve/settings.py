@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from kllm.tools.tool import Tool
 
 ReasoningField = Literal["reasoning_content", "reasoning", "none"]
 Pooling = Literal["mean", "last"]
@@ -39,6 +42,11 @@ class Settings:
     log_requests: bool = False
     allow_request_template: bool = False
     exit_on_error: bool = False
+    tools: tuple[Tool, ...] = ()
+    """What the server runs for models that call it; none is off."""
+    unsafe_python: bool = False
+    max_sandboxes: int = 4
+    """Requests that have a sandbox for `python` at once; others wait."""
 
 
 def digest(key: str | bytes) -> bytes:

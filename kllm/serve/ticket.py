@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ class Ticket:
     All methods belong to the event loop that submitted it; `numbers` and `started` are the engine thread's.
 
     Attributes:
+        counted: each of its requests has a place of its own; else they are a round of one that has.
         created, started, first: seconds on `time.monotonic`'s clock: admission, first prefill, first token
             (None before); `newest` is the newest token of each.
     """
@@ -32,8 +33,10 @@ class Ticket:
         params: list[SamplingParams],
         on_cancel: Callable[[Ticket], None],
         created: float,
+        counted: bool = True,
     ) -> None:
         self.prompts, self.params = prompts, params
+        self.counted = counted
         self.created = created
         self.started: float | None = None
         self.first: float | None = None
@@ -53,7 +56,7 @@ class Ticket:
         """Nothing more will come: finished, cancelled or failed."""
         return self._ended
 
-    async def batches(self) -> AsyncIterator[Batch]:
+    async def batches(self) -> AsyncGenerator[Batch, None]:
         """(index into the prompts, event): all that came since the last read, one event per index.
 
         Leaving the loop early cancels the requests.

@@ -36,7 +36,7 @@ async def limited(seconds: float, function: Callable[..., T], *args: Any, **kwar
     Raises:
         TookTooLong: it needed more.
     """
-    job = _Job(function, args, kwargs)
+    job = Job(function, args, kwargs)
     future = asyncio.get_running_loop().run_in_executor(_pool(), job.run)
     while True:
         done, _ = await asyncio.wait({future}, timeout=max(seconds - job.used(), 0.02))
@@ -53,8 +53,12 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="kllm-work")
 
 
-class _Job(Generic[T]):
-    """One call, which another thread can watch and interrupt."""
+class Job(Generic[T]):
+    """One call, made by `run` in some thread, which another thread can watch and interrupt.
+
+    Args:
+        function: what is called, with the arguments that follow.
+    """
 
     def __init__(self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = function, args, kwargs
@@ -64,6 +68,7 @@ class _Job(Generic[T]):
         self._started = self._cpu = 0.0
 
     def run(self) -> T:
+        """The call; raises TookTooLong if it was interrupted."""
         function, args, kwargs = self._call
         try:
             with self._lock:
@@ -91,6 +96,7 @@ class _Job(Generic[T]):
                 return wall * _STALL
 
     def interrupt(self) -> None:
+        """Ends it where it runs Python; native code first comes to its own end."""
         with self._lock:
             if self._thread and not self._done and not self._interrupted:
                 self._interrupted = True

@@ -85,7 +85,7 @@ def test_an_empty_answer_is_a_string() -> None:
 
 
 def test_every_optional_field_may_be_null_or_unknown(server: Server) -> None:
-    from kllm.serve.chat import ChatRequest
+    from kllm.serve.job import ChatRequest
 
     nulls = {name: None for name in ChatRequest.model_fields if name != "messages"}
     server.message("hi", **nulls)

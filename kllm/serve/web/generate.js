@@ -3,6 +3,7 @@
 import { Failure, streamChat } from "./api.js";
 import { readTokens } from "./chances.js";
 import { NUMBERS, saveChat, settings, toMessages } from "./state.js";
+import { noteEvents } from "./toolevents.js";
 
 const SAVE_EVERY = 500; // ms; a reload in mid-answer keeps what came
 
@@ -36,7 +37,7 @@ export async function generate(chat, node, changed, onward = false) {
   const run = { controller: new AbortController(), node };
   runs.set(chat.id, run);
   Object.assign(node, { error: null, stopped: false, stats: null });
-  if (!onward) Object.assign(node, { content: "", reasoning: "", thinkMs: 0, toolCalls: [], tokens: null });
+  if (!onward) Object.assign(node, { content: "", reasoning: "", thinkMs: 0, toolCalls: [], toolEvents: [], tokens: null });
   const clock = { start: performance.now(), first: 0, saved: 0, thinking: 0, chunks: 0 };
   changed(node);
   try {
@@ -77,17 +78,19 @@ function readChunk(node, chunk, clock) {
   if (!choice) return;
   const delta = choice.delta || {};
   const thought = delta.reasoning_content ?? delta.reasoning;
-  if ((thought || delta.content || delta.tool_calls) && !clock.first) clock.first = now;
+  const spoken = delta.content || delta.tool_calls || delta.tool_events;
+  if ((thought || spoken) && !clock.first) clock.first = now;
   if (thought) {
     clock.thinking ||= now;
     node.reasoning = (node.reasoning || "") + thought;
   }
-  if ((delta.content || delta.tool_calls) && clock.thinking) {
+  if (spoken && clock.thinking) {
     node.thinkMs = (node.thinkMs || 0) + now - clock.thinking;
     clock.thinking = 0;
   }
   if (delta.content) node.content += delta.content;
   for (const part of delta.tool_calls || []) addCall(node, part);
+  noteEvents(node, delta.tool_events || []);
   if (choice.logprobs?.content) (node.tokens ||= []).push(...readTokens(choice.logprobs.content));
   clock.chunks += 1;
   if (clock.first && now - clock.first > 500 && !clock.end) { // until the usage tells the true count

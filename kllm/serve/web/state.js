@@ -3,7 +3,9 @@
 // A conversation is a tree of turns, so an edited question or a second answer loses nothing:
 // { id, title, named, created, updated, system, nodes: { id: node }, leaf }; what is shown is the path from
 // the root to `leaf`. A node is { id, parent, role, content, chosen } and, of an answer, { reasoning, thinkMs,
-// toolCalls, tokens, stats, model, stopped, error }.
+// toolCalls, toolEvents, tokens, stats, model, stopped, error }.
+
+import { messagesOf, readEvent } from "./toolevents.js";
 
 const FORMAT = "kllm-chats";
 /** The numeric settings: name in the API, least, most, step. Empty means the model's own. */
@@ -134,8 +136,10 @@ export function toMessages(chat, id = chat.leaf) {
   path.forEach((node, index) => {
     if (node.role === "tool") messages.push({ role: "tool", tool_call_id: node.callId, content: node.content });
     else if (node.role === "user") messages.push({ role: "user", content: node.content });
-    else if (node.content || node.toolCalls?.length || (node.id === id && node.reasoning)) {
-      const message = { role: "assistant", content: node.content };
+    else if (node.content || node.toolCalls?.length || node.toolEvents?.length || (node.id === id && node.reasoning)) {
+      messages.push(...messagesOf(node));
+      const message = messages.pop(); // the last text
+      if (!message.content && node.toolEvents?.length && !node.toolCalls?.length) return;
       if (node.reasoning && index > lastUser) message.reasoning_content = node.reasoning;
       if (node.toolCalls?.length) {
         message.tool_calls = node.toolCalls.map(({ id: callId, name, arguments: args }) => (
@@ -179,10 +183,11 @@ function fromTree(tree) {
   for (const [id, node] of Object.entries(tree.nodes)) { // known fields only: a file may hold anything
     if (!["user", "assistant", "tool"].includes(node.role)) throw new Error("role");
     const calls = Array.isArray(node.toolCalls) ? node.toolCalls.map(readCall) : [];
+    const events = Array.isArray(node.toolEvents) ? node.toolEvents.map(readEvent) : [];
     nodes[id] = {
       id, role: node.role, parent: tree.nodes[node.parent] ? node.parent : null, chosen: string(node.chosen),
       content: string(node.content), reasoning: string(node.reasoning), thinkMs: Number(node.thinkMs) || 0,
-      model: string(node.model), toolCalls: calls, callId: string(node.callId),
+      model: string(node.model), toolCalls: calls, toolEvents: events, callId: string(node.callId),
     };
   }
   const chat = { ...newChat(), title: string(tree.title), named: true, system: string(tree.system), nodes, leaf: tree.leaf };

@@ -4,7 +4,8 @@
 import { chancesView } from "./chances.js";
 import { copyButton, el, icon, iconButton } from "./dom.js";
 import { t } from "./i18n.js";
-import { Markup } from "./markup.js";
+import { Pieces, pretty } from "./pieces.js";
+import { piecesOf } from "./toolevents.js";
 
 const seconds = (ms) => (ms / 1000).toFixed(ms < 9950 ? 1 : 0);
 const WORDS = { model: "noSuchModel", cut: "cutOff", tools: "badTools" }; // kinds named otherwise in i18n.js
@@ -24,8 +25,8 @@ export class Turn {
     this.thoughts = el("div", { class: "thoughts" });
     this.thinkLabel = el("span");
     this.think = el("details", { class: "think" }, el("summary", {}, this.thinkLabel), this.thoughts);
-    this.body = el("div", { class: "md" });
-    this.markup = new Markup(this.body);
+    this.body = el("div", { class: "pieces" });
+    this.pieces = new Pieces(this.body);
     this.extra = el("div", { class: "extra" });
     this.element.append(this.think, this.body, this.extra, this.buttons);
   }
@@ -38,11 +39,11 @@ export class Turn {
       this.body.textContent = node.content;
     } else {
       this.element.setAttribute("aria-busy", String(place.writing));
-      const empty = !node.content && !node.reasoning && !node.toolCalls?.length;
-      this.element.classList.toggle("waiting", place.writing && empty);
       if (place.writing && this.chances) this.toggleChances();
       this.updateThoughts();
-      this.markup.update(node.content, place.writing);
+      this.pieces.update(node, place.writing);
+      const thinks = this.think.classList.contains("now") && !this.think.hidden;
+      this.element.classList.toggle("waiting", this.pieces.silent && !thinks && !node.toolCalls?.length);
       const shown = [node.toolCalls, place.writing, place.last, [...place.results], node.error];
       this.drawOnce("extra", shown, () => this.drawExtra());
     }
@@ -64,7 +65,7 @@ export class Turn {
     this.think.hidden = !node.reasoning;
     if (!node.reasoning) return;
     this.thoughts.textContent = node.reasoning;
-    const now = place.writing && !node.content && !node.toolCalls?.length;
+    const now = place.writing && !node.content && !node.toolCalls?.length && !node.toolEvents?.length;
     this.think.classList.toggle("now", now);
     const done = node.thinkMs ? t("thought", { s: seconds(node.thinkMs) }) : t("thoughtSome");
     this.thinkLabel.textContent = now ? t("thinking") : done;
@@ -123,7 +124,7 @@ export class Turn {
     if (node.role === "user" || node.content) this.buttons.append(iconButton("edit", t("edit"), () => this.edit()));
     if (node.role !== "assistant") return;
     this.buttons.append(iconButton("redo", t("redo"), () => acts.redo(node)));
-    if (place.last && node.content && !node.toolCalls?.length) {
+    if (place.last && piecesOf(node).at(-1).text.trim() && !node.toolCalls?.length) {
       this.buttons.append(iconButton("more", t("continue"), () => acts.onward(node)));
     }
     if (node.tokens?.length) {
@@ -196,12 +197,4 @@ export class Turn {
 export function fit(area) {
   area.style.height = "auto";
   area.style.height = `${area.scrollHeight + 2}px`;
-}
-
-function pretty(text) {
-  try {
-    return JSON.stringify(JSON.parse(text), null, 2);
-  } catch {
-    return text; // still being written, or not JSON
-  }
 }
