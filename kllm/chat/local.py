@@ -149,7 +149,7 @@ def load_local(
     raw: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> LocalModel:
-    """Loads a model (whatever `kllm.export.load` reads) for a talk.
+    """Loads a model (whatever `kllm.export.load` reads) for a talk, with the sampling that it recommends.
 
     Args:
         adapter: a LoRA to answer with, whatever `resolve_adapter` takes.
@@ -157,7 +157,8 @@ def load_local(
     Raises:
         UserError: no model there, or one without a tokenizer; no adapter there, or another model's.
     """
-    from kllm.export.load import load_model
+    from kllm.export.load import generation_defaults, load_model
+    from kllm.export.resolve import resolve
     from kllm.train.device import pick_device
 
     place = None if adapter is None else _adapter_place(path, adapter)
@@ -168,7 +169,11 @@ def load_local(
     model.eval()
     engine = Engine(model, tokenizer, max_batch=1, owns_model=True)
     name = path if adapter is None else f"{path} + {adapter}"
-    base = SamplingParams()
+    try:
+        base = SamplingParams(**generation_defaults(resolve(path)))  # type: ignore[arg-type]
+    except UserError as error:
+        say(f"{path}, generation_config.json: {error}; it is not used")
+        base = SamplingParams()
     if place is not None:
         from kllm.export.adapter_weights import adapter_weights
 

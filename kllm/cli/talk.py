@@ -88,8 +88,8 @@ def build_chat() -> Callable[..., Any]:
     parameters += options.flag_parameters(flags)
     command.__doc__ = (
         "Talk to a model, here or at an OpenAI-compatible address. It remembers the conversation; Ctrl-C "
-        "stops an answer, /help lists commands. In a pipe: one answer, plain. At an address, what is not "
-        "given below is the server's affair.\n\n"
+        "stops an answer, /help lists commands. In a pipe: one answer, plain. What is not given "
+        "below, the model's generation_config.json or the server decides.\n\n"
         "Example: kllm chat runs/quickstart --tools calculator"
     )
     return options.with_signature(command, parameters)

@@ -6,6 +6,8 @@ file, or a `.pth` / `.ckpt` file of MiniMind and its kin.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from kllm.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 State = dict[str, Tensor]
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def load_model(
@@ -138,3 +142,19 @@ def _check_finite(state: State, where: str) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
             kind = "NaN" if torch.isnan(tensor).any() else "infinite values"
             raise KllmError(f"tensor {name} holds {kind}", where=where, hint="a broken training or copy")
+
+
+def generation_defaults(place: Path) -> dict[str, float]:
+    """Sampling defaults of a model's generation_config.json; a broken file counts as none."""
+    try:
+        config = json.loads((place / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    found = {name: config.get(name) for name in _SAMPLING}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }

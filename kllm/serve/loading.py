@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,7 +33,6 @@ Say = Callable[[str], None]
 
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 _OPTIONS = ("max_context", "prefill_chunk", "speculate", "kv_dtype", "kv_memory", "draft", "device", "dtype")
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -145,6 +143,7 @@ def load_with_adapters(
     on_dead: Callable[[], None] | None,
 ) -> list[Served]:
     """One model, ready to answer, and the adapters on it: name -> where it is."""
+    from kllm.export.load import generation_defaults
     from kllm.export.resolve import resolve
     from kllm.model.presets import count_parameters
 
@@ -327,22 +326,6 @@ def _kernels(engine: Engine) -> str:
     """What computes, in words, if the engine tells."""
     line = getattr(engine.prepared, "kernel_line", None)
     return str(line()) if callable(line) else ""
-
-
-def generation_defaults(place: Path) -> dict[str, float]:
-    """Sampling defaults of a model's generation_config.json; a broken file counts as none."""
-    try:
-        config = json.loads((place / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    found = {name: config.get(name) for name in _DEFAULTS}
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }
 
 
 def _fingerprint(model: Transformer, options: LoadOptions) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     chat = Conversation(load_local(path, device="cpu", raw=True), settings=GREEDY)
     text, _ = answered(chat, "the cat")
     assert chat.prompt() == "the cat" + text
+
+
+def test_the_sampling_that_a_model_recommends(tmp_path: Path) -> None:
+    path = chat_model(tmp_path / "m")
+    file = path / "generation_config.json"
+    for config, temperature in (
+        ({"temperature": 0.25, "top_k": 3}, 0.25),
+        ({"temperature": -1}, 0.7),
+        ({}, 0.7),
+    ):
+        file.write_text(json.dumps(config))
+        said: list[str] = []
+        model = load_local(str(path), device="cpu", say=said.append)
+        assert model._base.temperature == temperature
+        assert len(said) == (temperature != config.get("temperature", 0.7))
 
 
 def test_a_model_without_a_tokenizer_or_none_at_all(model_dir: Path, tmp_path: Path) -> None:

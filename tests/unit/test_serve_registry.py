@@ -15,12 +15,11 @@ from kllm.engine import Engine, SamplingParams
 from kllm.errors import UserError
 from kllm.export.adapter import write_peft
 from kllm.export.hf import save_model
-from kllm.export.load import load_model
+from kllm.export.load import generation_defaults, load_model
 from kllm.serve.errors import ApiError
 from kllm.serve.loading import (
     LoadOptions,
     check,
-    generation_defaults,
     load_all,
     load_one,
     stretched,
