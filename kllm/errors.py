@@ -7,10 +7,20 @@ that escapes is a bug of ours and shows a traceback.
 
 from __future__ import annotations
 
+import re
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+# What drives a terminal or turns a text's direction round; tabs and newlines do not.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def harmless(text: str) -> str:
+    """A text that somebody else wrote (a model, a server, a file), without what drives a terminal."""
+    return _CONTROLS.sub("", text)
 
 
 class KllmError(Exception):

@@ -117,15 +117,22 @@ class Answer:
         Raises:
             as `pieces`.
         """
-        held = b""
+        held, data = b"", list[bytes]()
         async for piece in self.pieces():
             touch()
             *lines, held = (held + piece).split(b"\n")
             if len(held) > _MOST:
                 raise ValueError(f"an event is longer than {_MOST >> 20} MiB")
-            for line in lines:
+            for line in (one.rstrip(b"\r") for one in lines):
                 if line.startswith(b"data:"):
-                    yield line[5:].strip()
+                    data.append(line[5:].removeprefix(b" "))
+                elif not line and data:
+                    yield b"\n".join(data)
+                    data = []
+        if held.startswith(b"data:"):
+            data.append(held[5:].strip())
+        if data:
+            yield b"\n".join(data)
 
 
 class Connection:

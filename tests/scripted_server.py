@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._chunk(b"data: [DONE]\n\n")
 
     def _event(self, chunk: dict[str, Any]) -> None:
-        self._chunk(b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n")
+        self._chunk(b"data: " + json.dumps(chunk).encode() + b"\n\n")
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")

@@ -1,4 +1,4 @@
-"""An async iterator run in a thread, so that the main thread sees Ctrl-C while nothing comes."""
+"""Work in a thread, so that the main thread sees Ctrl-C while nothing comes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,57 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar
 
 _POLL = 0.05  # seconds between two looks at Ctrl-C
+_LEAVE = 1.0  # seconds that work has to end after Ctrl-C
+
+T = TypeVar("T")
+
+
+def in_background(
+    work: Callable[[Callable[[T], None]], None], interrupted: Callable[[], bool], seconds: float
+) -> Iterator[T]:
+    """What `work` puts, as it comes, until it ends, is out of time, or does not heed Ctrl-C.
+
+    Args:
+        work: is given what puts a thing; runs in a thread, which is left behind if it does not end.
+        interrupted: asked all the time.
+        seconds: for all of it.
+
+    Raises:
+        what `work` raises.
+    """
+    out: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            work(lambda item: out.put(("item", item)))
+            out.put(("end", None))
+        except BaseException as error:  # it belongs to who reads
+            out.put(("error", error))
+
+    threading.Thread(target=run, name="tools", daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            kind, item = out.get(timeout=_POLL)
+        except queue.Empty:
+            if interrupted():
+                deadline = min(deadline, time.monotonic() + _LEAVE)
+                interrupted = _no
+            continue
+        if kind == "end":
+            return
+        if kind == "error":
+            raise item
+        yield item
+
+
+def _no() -> bool:
+    return False
 
 
 class Background:

@@ -8,10 +8,10 @@ from typing import Any
 
 from kllm.chat.conversation import Conversation
 from kllm.chat.model import ChatModel
-from kllm.chat.saved import load, save
+from kllm.chat.saved import load, path_of, save
 from kllm.chat.settings import OPTIONS, set_option, shown
-from kllm.chat.show import figures, harmless
-from kllm.errors import UserError
+from kllm.chat.show import figures, one_line
+from kllm.errors import UserError, harmless
 
 HELP = """\
 /help              this list
@@ -63,6 +63,7 @@ class Commands:
         say: shows a line.
         answer: has a question answered: it is given what asks.
         open_model: a model by its name.
+        can_edit: a line may begin with something.
     """
 
     def __init__(
@@ -71,8 +72,11 @@ class Commands:
         say: Callable[[str], None],
         answer: Callable[[Callable[..., Any]], None],
         open_model: Callable[[str], ChatModel],
+        *,
+        can_edit: bool = True,
     ) -> None:
         self.chat, self._say, self._answer, self._open_model = chat, say, answer, open_model
+        self._can_edit = can_edit
         self.attempts = 0
         self.default = ""
         """What stands on the next line to begin with."""
@@ -160,10 +164,15 @@ class Commands:
         if question is None:
             raise UserError("nothing to undo")
         self.attempts = 0
-        self._say(f"forgot: {_short(question)}")
+        stay = " (variables of its code stay; /clear forgets them too)" if self.chat.code else ""
+        self._say(f"forgot: {one_line(question, 60)}{stay}")
 
     def do_edit(self, rest: str) -> None:
         """Takes the last question back into the line."""
+        if not self._can_edit:
+            raise UserError(
+                "/edit needs a terminal that can move the cursor", hint="/undo, and type it again"
+            )
         question = self.chat.undo()
         if question is None:
             raise UserError("nothing to edit")
@@ -228,9 +237,4 @@ class Commands:
 def _path(text: str, command: str) -> Path:
     if not text:
         raise UserError(f"/{command} needs a file", hint=f"/{command} talk.json")
-    return Path(text).expanduser()
-
-
-def _short(text: str, width: int = 60) -> str:
-    line = " ".join(harmless(text).split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+    return path_of(text)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kllm.chat.background import in_background
 from kllm.chat.model import NEVER, Called, ChatModel, ContextFull, Message, Said, Settings
 from kllm.engine.answer import message_of
 from kllm.errors import UserError
 from kllm.tokenizer.parts import Part
 from kllm.tools import codeact
-from kllm.tools.loop import ROUNDS, ToolLoop
+from kllm.tools.loop import ROUNDS, SECONDS, Result, ToolLoop
 from kllm.tools.registry import Toolbox
+from kllm.tools.sandbox import Ran
+
+GRACE = 2.0  # seconds after a limit in which what is limited should end by itself
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ class Turn:
 
     @property
     def question(self) -> str:
-        """What the user said."""
-        return str(self.messages[0]["content"])
+        """What the user said; empty where a file begins with the model."""
+        first = self.messages[0]
+        return str(first["content"]) if first["role"] == "user" else ""
 
     @property
     def answer(self) -> Message:
@@ -114,14 +120,12 @@ class Conversation:
         self.unanswered = question
         if self.box is not None:
             self.box.interrupted = interrupted
+        work = self._code if self.code else self._tools
         try:
-            yield from (
-                self._code(turn, interrupted, attempt)
-                if self.code
-                else self._tools(turn, interrupted, attempt)
-            )
+            yield from work(turn, interrupted, attempt)
         finally:
-            if turn.said and (len(turn.messages) > 1):
+            if turn.said and len(turn.messages) > 1:
+                turn.messages[:] = settled(turn.messages)
                 self.turns.append(turn)
                 self.unanswered = None
 
@@ -137,11 +141,10 @@ class Conversation:
         if not self.turns:
             raise UserError("nothing to retry")
         last = self.turns.pop()
-        before = len(self.turns)
         try:
             yield from self.ask(last.question, interrupted, attempt=attempt)
         finally:
-            if len(self.turns) == before:  # no answer came: the old one stays
+            if self.unanswered is not None:  # no answer came: the old one stays
                 self.turns.append(last)
                 self.unanswered = None
 
@@ -153,9 +156,11 @@ class Conversation:
         return self.turns.pop().question if self.turns else None
 
     def clear(self) -> None:
-        """Forgets everything but the system prompt."""
+        """Forgets everything but the system prompt; the variables of the code too."""
         self.turns.clear()
         self.unanswered = None
+        if self.box is not None:
+            self.box.reset()
 
     # -- what the model is shown ---------------------------------------------------------------------
 
@@ -164,14 +169,15 @@ class Conversation:
         """Schemas of what the model may call."""
         return self.box.schemas() if self.box is not None and self.box.tools and not self.code else None
 
-    def messages(self, more: Sequence[Message] = ()) -> list[Message]:
-        """The whole conversation, the system prompt first."""
+    def messages(self, more: Sequence[Message] = (), forgotten: int = 0) -> list[Message]:
+        """The whole conversation, the system prompt first, without its oldest `forgotten` turns."""
         system = self.system
         if self.code:
             tools = self.box.functions() if self.box is not None else []
             system = codeact.system_prompt(tools, self.system)
         first = [{"role": "system", "content": system}] if system else []
-        return [*first, *(m for turn in self.turns for m in turn.messages), *more]
+        turns = self.turns[forgotten:]
+        return [*first, *_alternating([*(m for turn in turns for m in turn.messages), *more])]
 
     def prompt(self) -> str:
         """The text that the model would be given for another answer."""
@@ -188,42 +194,82 @@ class Conversation:
             calls = message.get("tool_calls")
             if not calls or not allowed or loop is None:
                 return
-            for call in calls:
-                yield Calling(call["function"]["name"], call["function"]["arguments"])
-            for call, result in zip(calls, loop.run(calls), strict=True):
-                turn.messages.append(result.message())
-                called = Called(
-                    result.name, call["function"]["arguments"], result.text, result.error, result.seconds
-                )
-                turn.called.append(called)
-                yield called
+            yield from self._run(turn, loop, calls, interrupted)
             if interrupted():
                 return
             if loop.ended:
                 yield Note(f"no more calls: {loop.ended}")
 
+    def _run(
+        self, turn: Turn, loop: ToolLoop, calls: list[dict[str, Any]], interrupted: Callable[[], bool]
+    ) -> Iterator[Item]:
+        """Runs a message's calls; a tool that does not end in time, or for Ctrl-C, is left to itself."""
+        waiting = {call["id"]: call["function"] for call in calls}
+
+        def work(put: Callable[[Result], None]) -> None:
+            loop.run(calls, put)
+
+        yield Calling(**calls[0]["function"])
+        results: list[Result] = []
+        for result in in_background(work, interrupted, SECONDS + GRACE):
+            results.append(result)
+            yield self._called(turn, result, waiting.pop(result.id)["arguments"])
+            if waiting:
+                yield Calling(**next(iter(waiting.values())))
+        for number, function in waiting.items():
+            loop.ended = loop.ended or ("interrupted" if interrupted() else f"a tool took over {SECONDS:g} s")
+            result = Result(number, function["name"], f"error: not finished: {loop.ended}", True, 0.0)
+            results.append(result)
+            yield self._called(turn, result, function["arguments"])
+        turn.messages += [result.message() for result in results]
+
+    @staticmethod
+    def _called(turn: Turn, result: Result, arguments: str) -> Called:
+        called = Called(result.name, arguments, result.text, result.error, result.seconds)
+        turn.called.append(called)
+        return called
+
     def _code(self, turn: Turn, interrupted: Callable[[], bool], attempt: int) -> Iterator[Item]:
-        """Runs the code of each answer until one has none."""
-        assert self.box is not None
-        last = None
-        for _ in range(ROUNDS):
+        """Runs the code of each answer until one has none; where it is too much, asks for a plain answer."""
+        last, spent, over = None, 0.0, ""
+        for round_ in range(1, ROUNDS + 2):
             message = yield from self._answer(turn, interrupted, attempt, calls=False)
             code = codeact.code_of(message.get("content") or "")
-            if code is None or turn.finish_reason == "cancelled":
+            if code is None or over or turn.finish_reason in ("cancelled", "length"):
                 return
             if code == last:
-                yield Note("stopped: the same code twice in a row")
-                return
-            last = code
-            yield Calling("python", code)
-            ran = self.box.run(code)
-            turn.messages.append({"role": "user", "content": codeact.shown(ran.output)})
-            called = Called("python", code, ran.output, ran.error is not None, ran.seconds, told=True)
-            turn.called.append(called)
-            yield called
+                over, output = "the same code twice in a row", ""
+            else:
+                yield Calling("python", code)
+                ran = yield from self._ran(turn, code, interrupted)
+                last, output, spent = code, ran.output, spent + ran.seconds
+                if spent > SECONDS:
+                    over = f"it took more than {SECONDS:g} s"
+                elif round_ == ROUNDS:
+                    over = f"{ROUNDS} rounds"
+            turn.messages.append({"role": "user", "content": codeact.shown(output, over)})
             if interrupted():
                 return
-        yield Note(f"stopped after {ROUNDS} rounds of code")
+            if over:
+                yield Note(f"no more code: {over}")
+
+    def _ran(self, turn: Turn, code: str, interrupted: Callable[[], bool]) -> Generator[Item, None, Ran]:
+        box = self.box
+        assert box is not None
+        limit = box.limits.seconds + GRACE
+
+        def work(put: Callable[[Ran], None]) -> None:
+            put(box.run(code))
+
+        runs = list(in_background(work, interrupted, limit))
+        if not runs:  # a function that the code called does not come back
+            box.reset()
+            runs = [Ran("[a function did not end: variables are lost]\n", "time-out", True, limit)]
+        ran = runs[0]
+        called = Called("python", code, ran.output, ran.error is not None, ran.seconds, told=True)
+        turn.called.append(called)
+        yield called
+        return ran
 
     def _answer(
         self, turn: Turn, interrupted: Callable[[], bool], attempt: int, *, calls: bool
@@ -261,7 +307,7 @@ class Conversation:
         forgotten = 0
         while True:
             asked = self.model.ask(
-                self.messages(turn.messages),
+                self.messages(turn.messages, forgotten),
                 self.tools,
                 self._settings(attempt),
                 calls=calls,
@@ -270,15 +316,14 @@ class Conversation:
             try:
                 first = next(asked)
             except ContextFull as full:
-                if not self.turns:
-                    raise
-                if not self.shift:
+                if not self.shift and self.turns:
                     full.hint = "/clear starts afresh, --context-shift forgets the oldest turns"
+                if not self.shift or forgotten == len(self.turns):
                     raise
-                del self.turns[0]
                 forgotten += 1
                 continue
             if forgotten:
+                del self.turns[:forgotten]
                 turns = "turn" if forgotten == 1 else f"{forgotten} turns"
                 yield Note(f"the context is full: the oldest {turns} forgotten")
             yield first
@@ -290,3 +335,31 @@ class Conversation:
         if not attempt or seed is None:
             return self.settings
         return replace(self.settings, sampling={**self.settings.sampling, "seed": seed + attempt})
+
+
+def settled(messages: list[Message]) -> list[Message]:
+    """Messages without calls that have no result behind them: servers and templates refuse those."""
+    out: list[Message] = []
+    for at, message in enumerate(messages):
+        kept = message
+        if message.get("tool_calls"):
+            results = itertools.takewhile(lambda m: m["role"] == "tool", messages[at + 1 :])
+            answered = {result.get("tool_call_id") for result in results}
+            calls = [call for call in message["tool_calls"] if call.get("id") in answered]
+            kept = {k: v for k, v in message.items() if k != "tool_calls"}
+            kept["content"] = message.get("content") or (None if calls else "")
+            if calls:
+                kept["tool_calls"] = calls
+        out.append(kept)
+    return out
+
+
+def _alternating(messages: list[Message]) -> list[Message]:
+    """Neighbours of the user joined: what code printed last, and the next question."""
+    out: list[Message] = []
+    for message in messages:
+        if out and message["role"] == out[-1]["role"] == "user":
+            out[-1] = {**out[-1], "content": f"{out[-1]['content']}\n\n{message['content']}"}
+        else:
+            out.append(message)
+    return out

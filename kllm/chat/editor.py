@@ -46,11 +46,11 @@ def is_open(text: str) -> bool:
 
 
 def unquoted(text: str) -> str:
-    """What was meant: without the triple quotes around it, or the backslashes at the ends of lines."""
+    """What was meant: without the triple quotes around it."""
     bare = text.strip()
     if len(bare) >= 2 * len(QUOTES) and bare.startswith(QUOTES) and bare.endswith(QUOTES):
         return bare[len(QUOTES) : -len(QUOTES)].strip("\n")
-    return text.replace("\\\n", "\n")
+    return text
 
 
 class BareEditor:
@@ -60,7 +60,7 @@ class BareEditor:
         """See `Editor`."""
         text = self._line(PROMPT)
         while is_open(text):
-            text += "\n" + self._line(MORE)
+            text = text.removesuffix("\\") + "\n" + self._line(MORE)
         return unquoted(text)
 
     def _line(self, prompt: str) -> str:
@@ -93,6 +93,7 @@ class TerminalEditor:
             complete_while_typing=False,
             key_bindings=_keys(),
             enable_open_in_editor=True,
+            enable_suspend=True,
             tempfile_suffix=".md",
         )
 
@@ -114,7 +115,9 @@ def _keys() -> KeyBindings:
         buffer = event.current_buffer
         if buffer.complete_state and buffer.complete_state.current_completion:
             buffer.complete_state = None  # Enter takes the completion, it does not send it
-        elif is_open(buffer.document.text_before_cursor):
+        elif is_open(text := buffer.document.text_before_cursor):
+            if text.endswith("\\"):
+                buffer.delete_before_cursor()
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()

@@ -1,9 +1,12 @@
-"""Ctrl-C as a question to ask, not an exception, while an answer is under way."""
+"""The keyboard while an answer is under way: Ctrl-C is a question to ask, other keys wait."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -36,3 +39,23 @@ class Interrupts:
         if self._hit:
             raise KeyboardInterrupt
         self._hit = True
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Keys that are pressed while an answer is drawn do not show in it; they stand on the next line."""
+    try:
+        import termios
+
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except (ImportError, OSError, ValueError, AttributeError):  # no terminal, or none of this kind
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(number, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(number, termios.TCSADRAIN, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -12,7 +13,7 @@ from kllm.chat.conversation import Conversation, Turn
 from kllm.chat.interrupt import Interrupts
 from kllm.chat.repl import clean_input
 from kllm.chat.show import PlainShow
-from kllm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, UserError
+from kllm.errors import EXIT_INTERRUPTED, EXIT_OK, KllmError, UserError
 
 
 def question_of(prompt: str | None, *, interactive: bool) -> str:
@@ -29,21 +30,31 @@ def question_of(prompt: str | None, *, interactive: bool) -> str:
 
 
 def answer_once(chat: Conversation, question: str, *, json_output: bool) -> int:
-    """Answers and returns the exit code: 130 if Ctrl-C cut the answer."""
+    """Answers and returns the exit code: 130 if Ctrl-C cut the answer.
+
+    Raises:
+        KllmError: the answer cannot be written; BrokenPipeError: its reader has left.
+    """
     try:
         return _answer(chat, question, json_output)
-    except BrokenPipeError:  # the reader of our pipe has left; nothing to tell anybody
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):  # or Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise KllmError(f"cannot write the answer: {error.strerror}", where="standard output") from None
 
 
 def _answer(chat: Conversation, question: str, json_output: bool) -> int:
     show = None if json_output else PlainShow(sys.stdout, sys.stderr)
+    before = chat.turns[-1] if chat.turns else None
     with Interrupts() as interrupts:
         for item in chat.ask(question, interrupts.pending):
             if show is not None:
                 show.item(item)
-    turn = chat.turns[-1] if chat.turns else Turn([{"role": "user", "content": question}])
+    turn = chat.turns[-1] if chat.turns else None
+    if turn is None or turn is before:  # cut before there was an answer
+        turn = Turn([{"role": "user", "content": question}])
     if json_output:
         sys.stdout.write(json.dumps(to_json(turn, chat.model.name), ensure_ascii=False) + "\n")
     elif show is not None and not show.text.endswith("\n"):

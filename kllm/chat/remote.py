@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kllm.chat.background import Background
+from kllm.chat.deltas import DeltaReader, as_chunk
 from kllm.chat.model import NEVER, Called, ContextFull, Message, Said, Settings
 from kllm.errors import KllmError, UserError
 from kllm.http_client import Connection, Target, error_of, no_answer, request
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 _PROBE_SECONDS = 15.0
 _SILENCE = 600.0  # seconds without a byte: a large model reads a long prompt
-_MALFORMED = (ValueError, AttributeError, TypeError, LookupError)
-_FULL = ("context_length_exceeded", "exceed_context_size_error")
+_MALFORMED = (ValueError, AttributeError, TypeError, LookupError, RecursionError)
+_FULL = re.compile(r"context_length_exceeded|exceed_context_size|context (length|size|window)", re.I)
 
 
 class RemoteModel:
@@ -90,7 +90,7 @@ class RemoteModel:
         """See `ChatModel.ask`."""
         body = self._body(messages, tools, settings, calls)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-        reader = _Reader()
+        reader = DeltaReader()
         with Background(self._stream(body)) as chunks:
             for chunk in chunks:
                 if chunk is not None:
@@ -102,6 +102,7 @@ class RemoteModel:
                 if interrupted():
                     reader.reason = "cancelled"
                     break
+        yield from reader.finish()
         yield reader.said()
 
     def _body(
@@ -131,7 +132,10 @@ class RemoteModel:
                     raw = b"".join([piece async for piece in answer.pieces()])
                     if answer.status != 200:
                         raise self._refusal(answer.status, raw)
-                    yield _as_chunk(json.loads(raw))
+                    whole = json.loads(raw)
+                    if not whole.get("choices") and whole.get("error"):
+                        raise KllmError(f"the server gave up: {error_of(raw)[0]}", where=self._target.url)
+                    yield as_chunk(whole)
                     return
                 async for data in answer.events(connection.touch):
                     if data == b"[DONE]":
@@ -165,8 +169,10 @@ class RemoteModel:
                 f"{what} (http {status})", where=where, hint="set KLLM_API_KEY or --api-key-file"
             )
         said = f": {message}" if message else ""
-        if status in (400, 413) and (code in _FULL or "context length" in message.lower()):
+        if status in (400, 413) and _FULL.search(f"{code} {raw[:4000]!r}"):
             return ContextFull(message, where=where)
+        if 300 <= status < 400:
+            return UserError(f"it has moved (http {status})", where=where, hint="give the new address")
         if status in (404, 405):
             return UserError(f"no such model or address (http {status}{said})", where=where)
         return KllmError(f"http {status}{said}", where=where)
@@ -174,10 +180,10 @@ class RemoteModel:
     def _listed(self) -> dict[str, dict[str, Any]]:
         """The server's models by name; {} if it does not say."""
         status, _, raw = _wait(request(self._target, "GET", "/models", None, _PROBE_SECONDS))
-        if status in (401, 403):
+        if status in (401, 403) or 300 <= status < 400 or status >= 500:
             raise self._refusal(status, raw)
         if status != 200:
-            return {}
+            return {}  # some servers list nothing
         try:
             return {str(row["id"]): row for row in json.loads(raw)["data"]}
         except (ValueError, LookupError, TypeError):
@@ -197,85 +203,6 @@ class RemoteModel:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
-
-
-@dataclass
-class _Reader:
-    """From chunks to parts."""
-
-    reason: str = "stop"
-    usage: dict[str, Any] = field(default_factory=dict)
-    texts: int = 0
-    calls: dict[int, int] = field(default_factory=dict)
-    """The server's number of a call -> ours."""
-    started: float = field(default_factory=time.perf_counter)
-    first: float = 0.0
-    last: float = 0.0
-    pending: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Calls that the server runs itself: id -> (name, arguments)."""
-
-    def take(self, chunk: dict[str, Any]) -> Iterator[Part | Called]:
-        if isinstance(chunk.get("usage"), dict):
-            self.usage = chunk["usage"]
-        for choice in (chunk.get("choices") or [])[:1]:
-            delta = choice.get("delta") or {}
-            parts = [*self._parts(delta)]
-            if parts:
-                self.last = time.perf_counter()
-                self.first = self.first or self.last
-                self.texts += 1
-                yield from parts
-            self.reason = choice.get("finish_reason") or self.reason
-
-    def _parts(self, delta: dict[str, Any]) -> Iterator[Part | Called]:
-        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-        if isinstance(reasoning, str):
-            yield Part("reasoning", reasoning)
-        if isinstance(delta.get("content"), str) and delta["content"]:
-            yield Part("content", delta["content"])
-        for call in delta.get("tool_calls") or ():
-            function = call.get("function") or {}
-            number = call.get("index", len(self.calls))
-            if number not in self.calls:
-                self.calls[number] = len(self.calls)
-                number_of_ours = self.calls[number]
-                name = str(function.get("name") or "")
-                yield Part("call", "", number_of_ours, str(call.get("id") or f"call_{number_of_ours}"), name)
-            if function.get("arguments"):
-                yield Part("arguments", str(function["arguments"]), self.calls[number])
-        for event in delta.get("tool_events") or ():
-            yield from self._server_event(event)
-
-    def _server_event(self, event: dict[str, Any]) -> Iterator[Called]:
-        number = str(event.get("id"))
-        if event.get("type") == "call":
-            self.pending[number] = (str(event.get("name")), str(event.get("arguments")))
-        elif event.get("type") == "result":
-            name, arguments = self.pending.pop(number, (str(event.get("name")), ""))
-            text, seconds = str(event.get("content")), float(event.get("seconds") or 0)
-            yield Called(name, arguments, text, bool(event.get("is_error")), seconds, there=True)
-
-    def said(self) -> Said:
-        usage = self.usage
-        details = usage.get("prompt_tokens_details") or {}
-        end = self.last or time.perf_counter()
-        return Said(
-            self.reason,
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or self.texts),
-            (self.first or end) - self.started,
-            end - (self.first or end),
-            int(details.get("cached_tokens") or 0),
-        )
-
-
-def _as_chunk(whole: dict[str, Any]) -> dict[str, Any]:
-    """A whole answer, of a server that does not stream, as one chunk."""
-    choice = whole["choices"][0]
-    delta = dict(choice.get("message") or {})
-    delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta.get("tool_calls") or ())]
-    reason = choice.get("finish_reason") or "stop"
-    return {"choices": [{"delta": delta, "finish_reason": reason}], "usage": whole.get("usage")}
 
 
 def _wait(work: Coroutine[Any, Any, T]) -> T:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from kllm.chat.commands import ARGUMENTS, Commands
 from kllm.chat.conversation import Conversation, Item
-from kllm.chat.editor import Editor, editor_for
-from kllm.chat.interrupt import Interrupts
+from kllm.chat.editor import BareEditor, Editor, editor_for
+from kllm.chat.interrupt import Interrupts, silent_keys
 from kllm.chat.model import ChatModel
-from kllm.chat.show import RichShow, Show, figures, harmless, is_fancy, show_for
-from kllm.errors import EXIT_INTERRUPTED, EXIT_OK, KllmError
+from kllm.chat.show import RichShow, Show, figures, is_fancy, show_for
+from kllm.errors import EXIT_INTERRUPTED, EXIT_OK, KllmError, harmless
 
 
 class Repl:
@@ -26,7 +27,8 @@ class Repl:
         editor: reads what the user says.
         show: shows answers.
         open_model: a model by its name, for /model.
-        dim: notes are printed dim.
+        aside: where notes go.
+        dim: they are printed dim.
     """
 
     def __init__(
@@ -36,11 +38,14 @@ class Repl:
         show: Show,
         open_model: Callable[[str], ChatModel],
         *,
+        aside: TextIO,
         dim: bool = False,
     ) -> None:
         self.chat, self._editor, self._show = chat, editor, show
         self._dim = ("\033[2m", "\033[0m") if dim else ("", "")
-        self.commands = Commands(chat, self._note, self._answer, open_model)
+        self._aside = aside
+        can_edit = not isinstance(editor, BareEditor)
+        self.commands = Commands(chat, self._note, self._answer, open_model, can_edit=can_edit)
 
     def run(self) -> int:
         """Reads and answers until the user leaves; returns the exit code."""
@@ -54,7 +59,7 @@ class Repl:
                 if self.handle(clean_input(message).strip()):
                     return EXIT_OK
             except EOFError:
-                _say()
+                self._say()
                 return EXIT_OK
             except KeyboardInterrupt as stop:
                 if stop.args and stop.args[0]:
@@ -87,7 +92,7 @@ class Repl:
         before = self.chat.turns[-1] if self.chat.turns else None
         self._show.begin()
         try:
-            with Interrupts() as interrupts:
+            with silent_keys(), Interrupts() as interrupts:
                 for item in ask(interrupts.pending):
                     self._show.item(item)
         finally:
@@ -117,7 +122,11 @@ class Repl:
         self._note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
 
     def _note(self, text: str) -> None:
-        _say(f"{self._dim[0]}{harmless(text)}{self._dim[1]}")
+        self._say(f"{self._dim[0]}{harmless(text)}{self._dim[1]}")
+
+    def _say(self, line: str = "") -> None:
+        self._aside.write(line + "\n")
+        self._aside.flush()
 
     def _error(self, text: str) -> None:
         sys.stderr.write(f"error: {harmless(text)}\n")
@@ -134,14 +143,10 @@ def talk(
     """An interactive chat on this terminal; returns the exit code."""
     editor = editor_for(ARGUMENTS, keep_history=keep_history)
     fancy = is_fancy(sys.stdout, plain)
-    return Repl(chat, editor, show_for(plain=plain), open_model, dim=fancy).run()
+    aside = sys.stdout if sys.stdout.isatty() else sys.stderr
+    return Repl(chat, editor, show_for(plain=plain), open_model, aside=aside, dim=fancy).run()
 
 
 def clean_input(text: str) -> str:
     """Bytes that were no UTF-8, which Python keeps as lone surrogates, as replacement characters."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _say(line: str = "") -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from kllm.chat.conversation import Calling, Item, Note
+from kllm.chat.markdown import last_lines, markdown, split_blocks
 from kllm.chat.model import Called, Said
+from kllm.errors import harmless
 from kllm.tokenizer.parts import Part
 
 if TYPE_CHECKING:
@@ -19,15 +20,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.segment import Segment
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u202a-\u202e\u2066-\u2069]")
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 _RESULT_LINES = 12
-_FRAMES = 12  # a second
-
-
-def harmless(text: str) -> str:
-    """Text without what drives a terminal or turns its direction round; tabs and newlines stay."""
-    return _CONTROLS.sub("", text)
+_FRAMES = 8  # a second; the model computes in this process
 
 
 class Show(Protocol):
@@ -68,7 +62,7 @@ class PlainShow:
         elif isinstance(item, Called):
             self._break()
             mark = "!" if item.error else "->"
-            self._line(f"[{item.name}] {_one_line(shown_arguments(item))} {mark} {_one_line(item.text)}")
+            self._line(f"[{item.name}] {one_line(shown_arguments(item))} {mark} {one_line(item.text)}")
         elif isinstance(item, Note):
             self._break()
             self._line(f"note: {item.text}")
@@ -152,17 +146,17 @@ class RichShow:
         if kind == "reasoning":
             self.thought += text
         self._tail += text
-        if kind == "content":
+        if kind == "content" and "\n" in text:
             done, self._tail = split_blocks(self._tail)
             if done.strip():
-                self.console.print(_markdown(done))
+                self.console.print(markdown(done))
 
     def _settle(self) -> None:
         """What was being drawn stands from now on."""
         kind, tail = self._kind, self._tail
         self._kind = self._tail = ""
         if kind == "content" and tail.strip():
-            self.console.print(_markdown(tail))
+            self.console.print(markdown(tail))
         elif kind == "reasoning":
             seconds = time.monotonic() - self._since
             words = f"thought for {seconds:.1f} s, {len(self.thought):,} characters (/show thinking)"
@@ -173,9 +167,10 @@ class RichShow:
         from rich.text import Text
 
         if self._kind == "content":
-            return _Bottom(_markdown(self._tail))
+            height, width = self.console.height, self.console.width
+            return _Bottom(markdown(last_lines(self._tail, height, width)))
         if self._kind == "reasoning":
-            last = self._tail.strip().rpartition("\n")[2]
+            last = self._tail[-1000:].strip().rpartition("\n")[2]
             return Text(f"thinking … {last[-(self.console.width - 14) :]}", style="dim italic", no_wrap=True)
         return Text(self._tail if self._kind == "calling" else "", style="dim")
 
@@ -195,36 +190,6 @@ class _Bottom:
             yield Segment.line()
 
 
-def split_blocks(text: str) -> tuple[str, str]:
-    """(finished blocks of markdown, the one that may still grow): cut at a blank line outside of code.
-
-    A list goes on after a blank line, and code that is indented too, so neither is cut.
-    """
-    fence = ""
-    at = cut = 0
-    for line in text.splitlines(keepends=True):
-        match = _FENCE.match(line)
-        if match and not fence:
-            fence = match[1]
-        elif match and line.strip().startswith(fence) and not line.strip().strip(fence[0]):
-            fence = ""
-        at += len(line)
-        if not fence and not line.strip() and line.endswith("\n") and not _goes_on(text[at:]):
-            cut = at
-    return text[:cut], text[cut:]
-
-
-def _goes_on(rest: str) -> bool:
-    """Whether what follows a blank line may belong to what stands before it, as far as can be seen."""
-    return not rest or bool(re.match(r"\s|[-*+>|]\s?|\d{1,9}[.)]?(\s|$)", rest))
-
-
-def _markdown(text: str) -> ConsoleRenderable:
-    from rich.markdown import Markdown
-
-    return Markdown(text, code_theme="ansi_dark", hyperlinks=False)
-
-
 def _box(called: Called) -> ConsoleRenderable:
     from rich.box import ROUNDED
     from rich.console import Group
@@ -242,7 +207,7 @@ def _box(called: Called) -> ConsoleRenderable:
     where = " (server)" if called.there else ""
     return Panel(
         Group(*([] if called.told or not arguments.strip() else [asked]), result),
-        title=f"{harmless(called.name)}{where}",
+        title=Text(f"{harmless(called.name)}{where}"),  # as a str it would be markup
         title_align="left",
         subtitle=f"{called.seconds:.2f} s",
         subtitle_align="right",
@@ -256,7 +221,7 @@ def shown_arguments(called: Called) -> str:
     """A call's arguments for the eye: the only one's value, or `name=value` pairs."""
     try:
         given = json.loads(called.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return called.arguments
     if not isinstance(given, dict):
         return called.arguments
@@ -269,8 +234,8 @@ def shown_arguments(called: Called) -> str:
     return ", ".join(f"{name}={text}" for name, text in texts.items())
 
 
-def _one_line(text: str, width: int = 200) -> str:
-    line = " ".join(text.split())
+def one_line(text: str, width: int = 200) -> str:
+    line = " ".join(harmless(text).split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
@@ -293,9 +258,9 @@ def is_fancy(stream: TextIO, plain: bool) -> bool:
 
 
 def show_for(*, plain: bool) -> Show:
-    """How an interactive answer is shown on stdout."""
+    """How an interactive answer is shown on stdout; a file gets the bare words."""
     if not is_fancy(sys.stdout, plain):
-        return PlainShow(sys.stdout, sys.stdout)
+        return PlainShow(sys.stdout, sys.stdout if sys.stdout.isatty() else sys.stderr)
     from rich.console import Console
 
     return RichShow(Console())

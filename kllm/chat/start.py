@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import re
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kllm.chat.conversation import Conversation
 from kllm.chat.model import ChatModel, Settings
-from kllm.errors import UserError
+from kllm.errors import Interrupted, KllmError, UserError, harmless
 
 _SCHEMES = ("http://", "https://")
+_ADDRESS = re.compile(r"[\w.-]+:\d{2,5}(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class ChatOptions:
         """Where the model is, if it is not here."""
         if self.base_url is not None:
             return self.base_url
-        return self.model if self.model and self.model.startswith(_SCHEMES) else None
+        return self.model if self.model and self.model.lower().startswith(_SCHEMES) else None
 
 
 def run_chat(options: ChatOptions) -> int:
@@ -54,6 +60,10 @@ def run_chat(options: ChatOptions) -> int:
     """
     interactive = sys.stdin is not None and sys.stdin.isatty()
     check(options)
+    _prepare_streams()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, _leave)  # or a sandbox would stay behind
     if options.json_output and options.prompt is None and interactive:
         raise UserError("needs a question", where="--json", hint="give --prompt, or text on stdin")
     if options.prompt is None and interactive:
@@ -89,6 +99,14 @@ def check(options: ChatOptions) -> None:
         raise UserError(
             "needs a model", where="MODEL", hint="kllm chat runs/NAME, or kllm chat http://HOST:PORT"
         )
+    if (
+        options.url is None
+        and _ADDRESS.fullmatch(options.model or "")
+        and not Path(options.model or "").exists()
+    ):
+        raise UserError(
+            f"no model is at {options.model}", where="MODEL", hint="an address begins with http://"
+        )
     if options.url is not None:
         here = {"--adapter": options.adapter, "--raw": options.raw}
         for flag, given in here.items():
@@ -119,12 +137,19 @@ def open_chat(options: ChatOptions) -> Conversation:
         shift=options.context_shift,
     )
     if options.load is not None:
-        from pathlib import Path
-
-        from kllm.chat.saved import load
-
-        load(chat, Path(options.load).expanduser())
+        _load(chat, options)
     return chat
+
+
+def _load(chat: Conversation, options: ChatOptions) -> None:
+    """The conversation of --load; what the command line says goes before what the file says."""
+    from kllm.chat.saved import load, path_of
+
+    for note in load(chat, path_of(options.load or "")):
+        _say(note)
+    thinking = chat.settings.thinking if options.thinking is None else options.thinking
+    chat.settings = Settings({**chat.settings.sampling, **options.sampling}, thinking)
+    chat.system = options.system or chat.system
 
 
 def open_model(options: ChatOptions, name: str | None = None) -> ChatModel:
@@ -152,4 +177,21 @@ def open_model(options: ChatOptions, name: str | None = None) -> ChatModel:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"note: {line}\n")
+    sys.stderr.write(f"note: {harmless(line)}\n")
+
+
+def _leave(number: int, frame: object) -> None:
+    raise Interrupted(number, "terminated")
+
+
+def _prepare_streams() -> None:
+    """A character that stdout's encoding has not is a question mark, not the end.
+
+    Raises:
+        KllmError: there is no stdout.
+    """
+    if sys.stdout is None:
+        raise KllmError("there is nowhere to write the answer to", where="standard output")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

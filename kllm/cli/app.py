@@ -167,7 +167,7 @@ def _report(error: KllmError) -> int:
         return error.exit_code
     lines = error.errors if isinstance(error, UserErrors) else [error]
     for line in lines:
-        typer.echo(f"error: {' '.join(str(line).split())}", err=True)
+        typer.echo(f"error: {errors.harmless(' '.join(str(line).split()))}", err=True)
     return error.exit_code
 
 

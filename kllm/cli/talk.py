@@ -39,7 +39,7 @@ _EXTRAS: list[options.Extra] = [
         "api_key_file",
         Path | None,
         _WHERE,
-        "File with the server's key; else KLLM_API_KEY or OPENAI_API_KEY.",
+        "File with the server's key; else KLLM_API_KEY, or for https OPENAI_API_KEY.",
         "FILE",
     ),
     _row("adapter", _TEXT, _WHERE, "A LoRA on it: PEFT folder, LoRA run or hub id.", "DIR"),
@@ -120,14 +120,16 @@ def sampling_of(flags: list[options.Flag], values: dict[str, Any]) -> dict[str, 
         ) from None
 
 
-def key_of(file: Path | None) -> str | None:
+def key_of(file: Path | None, url: str | None) -> str | None:
     """The key for a server: the file's first word, or the environment's.
 
     Raises:
         UserError: the file cannot be read, or is empty.
     """
     if file is None:
-        words = (os.environ.get("KLLM_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").split()
+        # OpenAI's key is not for whoever stands at an address without TLS
+        openai = os.environ.get("OPENAI_API_KEY") if (url or "").lower().startswith("https://") else None
+        words = (os.environ.get("KLLM_API_KEY") or openai or "").split()
         return words[0] if words else None
     where = f"flag --api-key-file {file}"
     try:
@@ -147,7 +149,7 @@ def _chat(flags: list[options.Flag], values: dict[str, Any]) -> int:
     return run_chat(
         ChatOptions(
             **{name: values[name] for name in (*own, "prompt", "plain", "load", "context_shift")},
-            api_key=key_of(values["api_key_file"]),
+            api_key=key_of(values["api_key_file"], values["base_url"] or values["model"]),
             sampling=sampling,
             tools=tuple(values["tools"] or ()),
             json_output=values["json"],

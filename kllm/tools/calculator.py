@@ -78,7 +78,10 @@ def _value(node: ast.expr, depth: int) -> Number:
                 _check_power(a, b)
             return _bounded(_BINARY[type(op)](a, b))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            return _bounded(_FUNCTIONS[name](*(_value(one, depth + 1) for one in args)))
+            values = [_value(one, depth + 1) for one in args]
+            if name == "round" and abs(values[-1]) > _MOST_DIGITS and len(values) > 1:
+                raise ToolError("too many digits to round to")
+            return _bounded(_FUNCTIONS[name](*values))
     raise ToolError(f"not allowed in an expression: {ast.unparse(node)[:40]}")
 
 

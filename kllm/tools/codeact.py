@@ -7,16 +7,14 @@ without a block is final. Variables live on from turn to turn, in the sandbox.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from kllm.tools.tool import Tool
 
-_FENCE = re.compile(
-    r"^ {0,3}(?P<fence>`{3,}|~{3,})[ \t]*(?P<lang>[^\s`]*)[^\n`]*\n"
-    r"(?P<code>.*?)(?:^ {0,3}(?P=fence)[ \t]*$|\Z)",
-    re.DOTALL | re.MULTILINE,
-)
-_PYTHON = {"", "python", "py", "python3", "ipython", "tool_code"}
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)")
+_PYTHON = {"python", "py", "python3", "ipython", "tool_code"}
+OUTPUT = "Output:"
 
 _PROMPT = """\
 You solve tasks by writing Python code. Put code into a block that starts with ```python and ends with ```. \
@@ -41,14 +39,38 @@ def system_prompt(tools: Sequence[Tool], own: str | None = None) -> str:
 def code_of(answer: str) -> str | None:
     """The Python of an answer: its fenced blocks, joined; None if there is none.
 
-    A block that is not closed counts: the answer was stopped at its end. Blocks of other languages do not.
+    Blocks without a language count where none says that it is Python. One that is not closed counts: the
+    answer ended with it.
     """
-    blocks = [
-        match["code"].rstrip("\n") for match in _FENCE.finditer(answer) if match["lang"].lower() in _PYTHON
-    ]
-    return "\n\n".join(blocks) if any(block.strip() for block in blocks) else None
+    blocks = [(language, code) for language, code in _blocks(answer) if code.strip()]
+    wanted = _PYTHON if any(language in _PYTHON for language, _ in blocks) else {""}
+    found = [code for language, code in blocks if language in wanted]
+    return "\n\n".join(found) if found else None
 
 
-def shown(output: str) -> str:
-    """What the code printed, as the next message of the user."""
-    return f"Output:\n{output}" if output.strip() else "Output: (nothing was printed)"
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, content) of each fenced block; the indentation that it has in a list is taken off."""
+    fence = language = ""
+    inside: list[str] = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        mark = _FENCE.match(line)
+        if not fence:
+            if mark and "`" not in line[mark.end() :]:
+                fence, language, inside = mark[1], mark[2].lower(), []
+        elif mark and mark[1].startswith(fence) and not line[mark.end(1) :].strip():
+            yield language, textwrap.dedent("\n".join(inside))
+            fence = ""
+        else:
+            inside.append(line)
+    if fence:
+        yield language, textwrap.dedent("\n".join(inside)).rstrip("\n")
+
+
+def shown(output: str, over: str = "") -> str:
+    """What the code printed, as the next message of the user.
+
+    Args:
+        over: why no more code is run; the model is asked for its answer then.
+    """
+    text = f"{OUTPUT}\n{output}" if output.strip() else f"{OUTPUT} (nothing was printed)"
+    return f"{text.rstrip()}\n\nNo more code is run ({over}). Say the answer in plain text." if over else text

@@ -13,7 +13,7 @@ from kllm.tools.tool import ToolError
 
 ROUNDS = 8
 SECONDS = 30.0
-RESULT_BYTES = 4096
+RESULT_BYTES = 4000  # and what is said about a cut
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class ToolLoop:
         return results
 
     def _one(self, number: str, name: str, arguments: str) -> Result:
+        if self.ended is None and self.box.interrupted is not None and self.box.interrupted():
+            self.ended = "interrupted"
         if self.ended is None and self._spent >= self._seconds:
             self.ended = f"the tools took more than {self._seconds:g} s"
         if self.ended is not None:

@@ -76,22 +76,34 @@ def _find(name: str, where: str) -> Tool:
 def _module(name: str, where: str) -> ModuleType:
     """A module by name, the current folder included, or by path. It is the user's own code: it runs."""
     path = Path(name)
+    if name.endswith(".py") and not path.is_file():
+        raise UserError("no such file", where=f"{where}, {name}")
+    folder = path.resolve().parent if name.endswith(".py") else Path.cwd()
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # for what it imports from beside it
     try:
-        if name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-            if spec is None or spec.loader is None or not path.is_file():
-                raise UserError("no such file", where=f"{where}, {name}")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return module
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(name)
-    except UserError:
-        raise
-    except Exception as error:
+        return _from_file(path.resolve()) if name.endswith(".py") else importlib.import_module(name)
+    except (Exception, SystemExit) as error:
         what = str(error) or type(error).__name__
         raise UserError(f"cannot import {name}: {what}", where=where) from None
+
+
+def _from_file(path: Path) -> ModuleType:
+    """A file's module; a file is run once, however many of its functions are tools."""
+    known = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == str(path)]
+    if known:
+        return known[0]
+    name = path.stem if path.stem not in sys.modules else f"{path.stem}_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # it is a file and ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 class Toolbox:
@@ -138,6 +150,19 @@ class Toolbox:
         """Ends the sandbox."""
         if self.sandbox is not None:
             self.sandbox.close()
+
+    @property
+    def limits(self) -> Limits:
+        """Of one run of code."""
+        assert self.sandbox is not None
+        return self.sandbox.limits
+
+    def reset(self) -> None:
+        """Forgets the variables of the code: the next run has a fresh sandbox."""
+        if self.sandbox is not None:
+            self.sandbox.close()
+            old = self.sandbox
+            self.sandbox = type(old)(old.functions, limits=old.limits, unsafe=old.unsafe)
 
     def functions(self) -> list[Tool]:
         """The tools that code may call: all but `python` itself."""

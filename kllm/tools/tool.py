@@ -115,7 +115,7 @@ class Tool:
             return json.loads(to_json(self.function(**values), fallback=str, inf_nan_mode="strings"))
         except ToolError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ToolError(f"{self.name}: {type(error).__name__}: {error}") from None
 
 

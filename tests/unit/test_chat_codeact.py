@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from kllm.chat.conversation import Conversation, Note
 from kllm.chat.model import Called
 from kllm.chat.oneshot import to_json
 from kllm.chat.saved import load, save
+from kllm.tokenizer.parts import Part
 from kllm.tools.registry import Toolbox, find_tools
 from kllm.tools.sandbox import Limits
+from kllm.tools.tool import tool_of
 
 
 def code(text: str) -> str:
@@ -78,18 +83,67 @@ def test_time_and_output_are_limited_and_the_model_is_told(talk: Any) -> None:
     assert chat.turns[0].answer["content"] == "ok"
 
 
-def test_rounds_are_limited(talk: Any) -> None:
-    chat, _ = talk(*[code(f"print({i})") for i in range(20)])
+def test_rounds_are_limited_and_then_an_answer_is_asked_for(talk: Any) -> None:
+    chat, model = talk(*[code(f"print({i})") for i in range(8)], code("print('never')"))
     items = list(chat.ask("?"))
-    assert len(outputs(items)) == 8 and [i.text for i in items if isinstance(i, Note)] == [
-        "stopped after 8 rounds of code"
-    ]
+    assert len(outputs(items)) == 8
+    assert [i.text for i in items if isinstance(i, Note)] == ["no more code: 8 rounds"]
+    assert (
+        model.asked[-1][-1]["content"]
+        == "Output:\n7\n\nNo more code is run (8 rounds). Say the answer in plain text."
+    )
+    assert chat.turns[0].answer["content"] == code("print('never')"), "asked once more, and not run"
 
 
-def test_the_same_code_twice_in_a_row_ends_it(talk: Any) -> None:
-    chat, _ = talk(code("1"), code("2"), code("1"), code("1"), "never")
+def test_the_same_code_twice_in_a_row_is_not_run_again(talk: Any) -> None:
+    chat, model = talk(code("1"), code("2"), code("1"), code("1"), "It is 1.")
     items = list(chat.ask("?"))
-    assert outputs(items) == ["1\n", "2\n", "1\n"] and "twice in a row" in items[-1].text
+    assert outputs(items) == ["1\n", "2\n", "1\n"] and "twice in a row" in model.asked[-1][-1]["content"]
+    assert chat.turns[0].answer["content"] == "It is 1."
+
+
+def test_time_is_limited_over_all_rounds(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kllm.chat.conversation.SECONDS", 0.05)
+    chat, model = talk(code("import time; time.sleep(0.1)"), "ok", limits=Limits(seconds=5))
+    list(chat.ask("?"))
+    assert "No more code is run (it took more than 0.05 s)" in model.asked[-1][-1]["content"]
+
+
+def test_a_function_that_does_not_end_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kllm.chat.conversation.GRACE", 0.1)
+    gate = threading.Event()
+
+    def hang() -> str:
+        """Never ends."""
+        gate.wait(30)
+        return "late"
+
+    with Toolbox([tool_of(hang)], code=True, limits=Limits(seconds=0.3)) as box:
+        chat = Conversation(FakeModel(code("x = 1\nhang()"), code("x"), "ok"), box=box, code=True)
+        started = time.monotonic()
+        told = outputs(list(chat.ask("?")))
+        assert time.monotonic() - started < 10 and "a function did not end" in told[0]
+        assert "NameError" in told[1]
+    gate.set()
+
+
+def test_cut_code_is_not_run(talk: Any) -> None:
+    chat, _ = talk([Part("content", "```python\nprint(1"), "length"])
+    assert outputs(list(chat.ask("?"))) == [] and chat.turns[0].finish_reason == "length"
+
+
+def test_clear_forgets_the_variables_and_neighbours_of_the_user_are_joined(talk: Any) -> None:
+    chat, model = talk(code("x = 5"), "ok", code("x"), "gone")
+    list(chat.ask("one"))
+    chat.clear()
+    assert "NameError" in outputs(list(chat.ask("two")))[0]
+    chat.turns[-1].messages.pop()  # as Ctrl-C leaves it: what the code printed is last
+    model.answers.append("fine")
+    list(chat.ask("three"))
+    roles = [m["role"] for m in model.asked[-1]]
+    assert roles == ["system", "user", "assistant", "user"] and model.asked[-1][-1]["content"].endswith(
+        "\n\nthree"
+    )
 
 
 def test_ctrl_c_ends_the_code(talk: Any) -> None:
@@ -115,6 +169,11 @@ def test_saved_and_loaded_the_turns_are_the_same(talk: Any, tmp_path: Path) -> N
     list(chat.ask("?"))
     list(chat.ask("Output: what is it?"))
     save(chat, tmp_path / "c.json")
+    row = json.loads((tmp_path / "c.json").read_text())
+    assert row["messages"][0]["content"].startswith("Be brief.\n\nYou solve tasks"), (
+        "a row to train on is whole"
+    )
     other, _ = talk()
     load(other, tmp_path / "c.json")
-    assert other.turns[0].question == "?" and other.messages() == chat.messages()
+    assert [t.question for t in other.turns] == ["?", "Output: what is it?"]
+    assert other.system == "Be brief." and other.messages() == chat.messages()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 from kllm.chat.conversation import Calling, Conversation, Note
 from kllm.chat.model import NEVER, Called, ContextFull, Said, Settings
 from kllm.chat.oneshot import to_json
-from kllm.chat.saved import load, save
+from kllm.chat.saved import load, path_of, save
 from kllm.chat.settings import set_option
 from kllm.errors import KllmError, UserError
 from kllm.tokenizer.messages import normalise
 from kllm.tokenizer.parts import Part
 from kllm.tools.registry import Toolbox, find_tools
+from kllm.tools.tool import tool_of
 
 
 class FakeModel:
@@ -162,9 +164,21 @@ def test_the_context_is_full() -> None:
     notes = [i for i in chat.ask("three") if isinstance(i, Note)]
     assert notes == [Note("the context is full: the oldest 2 turns forgotten")]
     assert roles(model.asked[-1]) == ["u:three"] and len(chat.turns) == 1
-    chat, model = chat_of(full, shift=True)
-    with pytest.raises(ContextFull):  # it alone is too long
+    assert len(chat.turns) == 1
+    model.answers += [full, full]
+    with pytest.raises(ContextFull):  # it alone is too long: nothing is forgotten for it
         list(chat.ask("long"))
+    assert [t.question for t in chat.turns] == ["three"] and chat.unanswered == "long"
+    assert chat.undo() == "long"
+
+
+def test_retry_with_a_shift_replaces_the_answer() -> None:
+    full = ContextFull("too long")
+    chat, _ = chat_of("a", "b", "c", full, "new", shift=True)
+    for question in "ABC":
+        list(chat.ask(question))
+    list(chat.retry())
+    assert [(t.question, t.answer["content"]) for t in chat.turns] == [("B", "b"), ("C", "new")]
 
 
 # -- tools -----------------------------------------------------------------------------------------------
@@ -210,6 +224,58 @@ def test_a_model_that_only_calls_is_asked_a_last_time_without() -> None:
         "no more calls: too many rounds of calls"
     ]
     assert model.calls == [True] * 8 + [False]
+
+
+def test_a_call_without_a_result_never_stays() -> None:
+    deaf = [call("calculator", {"expression": f"1+{i}"}) for i in range(9)]  # heeds no tool_choice
+    chat, model = chat_of(*deaf, "next", box=box())
+    list(chat.ask("count"))
+    list(chat.ask("and?"))
+    for message, after in zip(model.asked[-1], model.asked[-1][1:], strict=False):
+        assert not message.get("tool_calls") or after["role"] == "tool"
+
+
+def test_ctrl_c_between_two_calls_and_a_tool_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    pressed: list[bool] = []
+
+    def step(number: int) -> str:
+        """Counts."""
+        ran.append(number)
+        pressed.append(True)
+        return "done"
+
+    first = [part for i in range(4) for part in call("step", {"number": i}, i)]
+    chat, model = chat_of(first, "never", box=Toolbox([tool_of(step)]))
+    items = list(chat.ask("go", lambda: bool(pressed)))
+    assert ran == [0] and [i.error for i in items if isinstance(i, Called)] == [False, True, True, True]
+    assert len(model.asked) == 1 and len(chat.turns[0].messages) == 6
+
+    gate = threading.Event()
+
+    def hang() -> str:
+        """Never ends."""
+        gate.wait(30)
+        return "late"
+
+    monkeypatch.setattr("kllm.chat.conversation.SECONDS", 0.1)
+    monkeypatch.setattr("kllm.chat.conversation.GRACE", 0.1)
+    chat, model = chat_of(call("hang", {}), "Sorry.", box=Toolbox([tool_of(hang)]))
+    (called,) = [i for i in chat.ask("go") if isinstance(i, Called)]
+    assert called.error and "not finished: a tool took over 0.1 s" in called.text
+    assert model.calls == [True, False] and chat.turns[0].answer["content"] == "Sorry."
+    gate.set()
+
+
+def test_results_are_shown_as_they_come() -> None:
+    first = [*call("calculator", {"expression": "1"}, 0), *call("calculator", {"expression": "2"}, 1)]
+    chat, _ = chat_of(first, "ok", box=box())
+    shown = [
+        i.arguments[16:17] if isinstance(i, Calling) else i.text
+        for i in chat.ask("?")
+        if isinstance(i, Calling | Called)
+    ]
+    assert shown == ["1", "1", "2", "2"]
 
 
 def test_calls_of_a_cut_answer_are_dropped() -> None:
@@ -276,6 +342,38 @@ def test_what_training_and_the_page_write_loads_too(tmp_path: Path) -> None:
     )
     load(chat, path)
     assert roles(chat.messages()) == ["u:q", "a:r"]
+    odd = [
+        ("system", "one"),
+        ("assistant", "hello"),
+        ("user", "a\u2028b"),
+        ("system", "two"),
+        ("assistant", "c"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in odd]}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n" + json.dumps(row), encoding="utf-8")
+    load(chat, path)
+    assert roles(chat.messages()) == ["s:one", "a:hello", "u:a\u2028b", "s:two", "a:c"]
+    user, broken = {"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": "{"}
+    path.write_text(json.dumps({"messages": [user, broken]}))
+    with pytest.raises(UserError, match="no conversation"):
+        load(chat, path)
+    calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    path.write_text(
+        json.dumps({"messages": [user, {"role": "assistant", "content": "", "tool_calls": calls}]})
+    )
+    load(chat, path)
+    assert "tool_calls" not in chat.turns[0].answer, "nobody answered them"
+
+
+@pytest.mark.parametrize("name", [".", "x" * 300, "/proc/nothing/x.json", "a\0b"])
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
+    chat, _ = chat_of("a")
+    list(chat.ask("one"))
+    with pytest.raises(KllmError, match="cannot write") as failure:
+        save(chat, tmp_path / name)
+    assert "\n" not in str(failure.value) and "--out" not in str(failure.value)
+    with pytest.raises(UserError, match="nosuchuser"):
+        path_of("~nosuchuser/x")
 
 
 @pytest.mark.parametrize(

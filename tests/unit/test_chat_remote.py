@@ -13,6 +13,7 @@ from scripted_server import calls, serving
 from kllm.chat.conversation import Conversation
 from kllm.chat.model import Called, ContextFull, Said, Settings
 from kllm.chat.remote import RemoteModel
+from kllm.engine.answer import message_of
 from kllm.errors import EXIT_FAILURE, EXIT_USAGE, KllmError
 from kllm.tokenizer.parts import Part
 from kllm.tools.registry import Toolbox, find_tools
@@ -179,6 +180,13 @@ def test_ctrl_c_is_seen_while_nothing_comes() -> None:
         (b"data: {nonsense\n\n", "not a chat completion", EXIT_FAILURE),
         (b"data: [1]\n\n", "not a chat completion", EXIT_FAILURE),
         (event(choices=[3]), "not a chat completion", EXIT_FAILURE),
+        (
+            (200, {"error": {"message": "model not loaded"}}),
+            "the server gave up: model not loaded",
+            EXIT_FAILURE,
+        ),
+        ((301, {}), "it has moved", EXIT_USAGE),
+        (b"data: " + b"[" * 100_000 + b"\n\n", "not a chat completion", EXIT_FAILURE),
         (delta(tool_calls=[{"index": [], "function": 3}]), "not a chat completion", EXIT_FAILURE),
     ],
 )
@@ -191,17 +199,20 @@ def test_a_refusal_or_a_broken_answer_is_one_line(answer: Any, said: str, code: 
     assert failure.value.exit_code == code
 
 
-def test_the_context_of_the_server_is_full() -> None:
-    error = {
-        "error": {
-            "message": "This model's maximum context length is 8 tokens",
-            "code": "context_length_exceeded",
-        }
-    }
-    with (
-        serving(lambda body: (400, error)) as server,
-        pytest.raises(ContextFull, match="maximum context length"),
-    ):
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "This model's maximum context length is 8 tokens", "code": "context_length_exceeded"},
+        {
+            "message": "the request exceeds the available context size",
+            "code": 400,
+            "type": "exceed_context_size_error",
+        },
+        {"message": "too long", "code": 400, "type": "exceed_context_size_error"},
+    ],
+)
+def test_the_context_of_the_server_is_full(error: dict[str, Any]) -> None:
+    with serving(lambda body: (400, {"error": error})) as server, pytest.raises(ContextFull):
         heard(RemoteModel(server.url))
 
 
@@ -238,3 +249,75 @@ def test_a_prompt_that_cannot_be_seen() -> None:
         pytest.raises(KllmError, match="does not show its prompts"),
     ):
         RemoteModel(server.url).prompt(HI, None, Settings())
+
+
+# -- what servers stream ---------------------------------------------------------------------------------
+
+
+def piece(index: Any = None, number: Any = None, name: Any = None, arguments: Any = None) -> dict[str, Any]:
+    function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+    given = {"index": index, "id": number, "function": function}
+    return {"tool_calls": [{key: value for key, value in given.items() if value is not None}]}
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        [piece(0, "a", "f", '{"x":'), piece(0, None, None, " 1}"), piece(1, "b", "g", "{}")],
+        [piece(0, "a", "f", '{"x": 1}'), piece(0, "b", "g", "{}")],  # older ollama, Gemini
+        [piece(None, "a", "f", '{"x":'), piece(None, "a", None, " 1}"), piece(None, "b", "g", "{}")],
+        [piece(None, "a", "f", {"x": 1}), piece(None, "b", "g", {})],
+        [piece(0, "a"), piece(0, None, "f", '{"x": 1}'), piece(1, "b", None, "{"), piece(1, None, "g", "}")],
+        [piece(0, None, "f", '{"x":'), piece(0, "a", None, " 1}"), piece(1, "b", "g", "{}")],
+        [
+            {
+                "tool_calls": piece(0, "a", "f", '{"x": 1}')["tool_calls"]
+                + piece(1, "b", "g", "{}")["tool_calls"]
+            }
+        ],
+    ],
+)
+def test_calls_in_every_dialect(deltas: list[Any]) -> None:
+    with serving(lambda body: deltas) as server:
+        items = heard(RemoteModel(server.url))
+    message = message_of([i for i in items if isinstance(i, Part)], "reasoning_content")
+    named = [
+        (c["function"]["name"], json.loads(c["function"]["arguments"] or "{}")) for c in message["tool_calls"]
+    ]
+    assert named == [("f", {"x": 1}), ("g", {})] and items[-1].finish_reason == "tool_calls"
+
+
+def test_thinking_in_tags_refusals_parts_and_half_characters() -> None:
+    def says(*deltas: Any) -> tuple[str, str]:
+        with serving(lambda body: list(deltas)) as server:
+            items = heard(RemoteModel(server.url))
+        return text_of(items, "reasoning"), text_of(items)
+
+    assert says("<thi", "nk>\nhm", "m\n</think>\n\nye", "s <b>") == ("hmm", "yes <b>")
+    assert says("a < b <think> c") == ("", "a < b <think> c"), "only at the start"
+    assert says({"reasoning": "hm"}, "<think>x</think>y") == ("hm", "<think>x</think>y"), (
+        "it tells them apart"
+    )
+    assert says({"refusal": "I will not."}) == ("", "I will not.")
+    assert says({"content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}) == (
+        "",
+        "in parts",
+    )
+    assert says("a\ud800b") == ("", "a\ufffdb")
+
+
+@pytest.mark.parametrize(
+    "usage",
+    ['{"prompt_tokens": 1e999}', '{"completion_tokens": "many"}', '{"prompt_tokens_details": [1]}', "[]"],
+)
+def test_odd_figures_do_not_cost_the_answer(usage: str) -> None:
+    last = b'data: {"choices": [], "usage": ' + usage.encode() + b"}\n\n"
+    with serving(lambda body: delta(content="all") + delta("stop") + last) as server:
+        items = heard(RemoteModel(server.url))
+    assert text_of(items) == "all" and items[-1].completion_tokens == 1
+
+
+def test_events_of_several_lines_and_windows_line_ends() -> None:
+    whole = b'data: {"choices":\r\ndata: [{"index": 0, "delta": {"content": "two lines"}, "finish_reason": "stop"}]}\r\n\r\n'
+    with serving(lambda body: b": hello\n\nevent: x\n" + whole + b"data: [DONE]") as server:
+        assert text_of(heard(RemoteModel(server.url))) == "two lines"

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_chat_conversation import FakeModel, call
 
-from kllm.chat import editor, oneshot, start
+from kllm.chat import editor, start
 from kllm.chat.commands import ARGUMENTS, HELP, Commands
 from kllm.chat.conversation import Calling, Conversation, Note
+from kllm.chat.markdown import last_lines, split_blocks
 from kllm.chat.model import Called, Settings
 from kllm.chat.repl import Repl
-from kllm.chat.show import PlainShow, RichShow, harmless, split_blocks
+from kllm.chat.show import PlainShow, RichShow
 from kllm.chat.start import ChatOptions, run_chat
-from kllm.errors import EXIT_INTERRUPTED, KllmError, UserError
+from kllm.errors import EXIT_INTERRUPTED, KllmError, UserError, harmless
 from kllm.tokenizer.parts import Part
 from kllm.tools.registry import Toolbox, find_tools
 
@@ -46,7 +48,13 @@ class Typist:
 def repl_of(*answers: Any, lines: tuple[Any, ...] = (), **options: Any) -> tuple[Repl, FakeModel]:
     model = FakeModel(*answers)
     chat = Conversation(model, **options)
-    return Repl(chat, Typist(*lines), PlainShow(sys.stdout, sys.stdout), lambda name: FakeModel(name)), model
+    return Repl(
+        chat,
+        Typist(*lines),
+        PlainShow(sys.stdout, sys.stdout),
+        lambda name: FakeModel(name),
+        aside=sys.stdout,
+    ), model
 
 
 # -- commands ------------------------------------------------------------------------------------------
@@ -218,6 +226,43 @@ def test_thinking_folds_and_calls_stand_in_boxes() -> None:
     assert "38 more lines" in long
 
 
+def test_nothing_of_an_answer_is_dropped() -> None:
+    for text, wanted in (
+        ("<answer>\n42\n</answer>", "<answer>"),
+        ("if a<b and c>d then", "if a<b and c>d then"),
+        ("new List<String>()", "new List<String>()"),
+        ("<div>hello</div>", "<div>hello</div>"),
+        ("\\( x^2 \\) and \\[ y \\]", "\\( x^2 \\) and \\[ y \\]"),
+        ("a \\* b", "a * b"),
+        ("roses are red\nviolets are blue", "roses are red\nviolets are blue"),
+        ("[link](http://x)", "http://x"),
+    ):
+        lines = [line.rstrip() for line in shown(Part("content", text)).splitlines()]
+        assert wanted in "\n".join(lines), text
+    assert "\u202e" not in shown(Part("content", "a &#x202E; b"))
+
+
+def test_a_tools_name_is_no_markup() -> None:
+    out = io.StringIO()
+    show = RichShow(Console(file=out, force_terminal=True, width=60, color_system="standard"))
+    show.begin()
+    for name in ("[/x]", "[link=http://evil]calc[/link]", "[bold]"):
+        show.item(Called(name, "{}", "1", False, 0.1))
+    show.item(Called("deep", "[" * 3000, "1", False, 0.1))
+    show.end()
+    assert "[/x]" in out.getvalue() and "\x1b]8" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 50_000, "```py\n" + "x = 1\n" * 20_000, "- item\n" * 20_000, "a b " * 20_000]
+)
+def test_drawing_does_not_grow_with_the_answer(text: str) -> None:
+    tail = last_lines(text, 40, 80)
+    assert len(tail) <= 40 * 80 + 10 and (text.endswith(tail[-20:]))
+    assert tail.startswith("```py\n") == text.startswith("```")
+    assert last_lines("short\ntext", 40, 80) == "short\ntext"
+
+
 LINES = ("a", "", "```", "- x", "1. y", "    c", "|t|", "# h", " ", "a```b", "  - z", "你好")
 
 
@@ -286,6 +331,54 @@ def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     )
 
 
+def test_what_the_command_line_says_goes_before_what_a_file_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.json"
+    messages = [
+        {"role": "system", "content": "old"},
+        *({"role": r, "content": "OLD"} for r in ("user", "assistant")),
+    ]
+    path.write_text(
+        json.dumps({"messages": messages, "settings": {"temperature": 0.9, "top_k": 3, "thinking": True}})
+    )
+    model = FakeModel("a", ["cancelled"])
+    monkeypatch.setattr(start, "open_model", lambda options: model)
+    monkeypatch.setattr(sys, "stdin", Pipe(b""))
+    options = ChatOptions(
+        model="m", prompt="hi", load=str(path), sampling={"temperature": 0.0}, system="new", thinking=False
+    )
+    assert run_chat(options) == 0
+    assert model.settings[0] == Settings({"temperature": 0.0, "top_k": 3}, False)
+    assert [m["content"] for m in model.asked[0]] == ["new", "OLD", "OLD", "hi"]
+    assert "note: settings: temperature=0.9 top_k=3" in capsys.readouterr().err
+    assert run_chat(replace(options, json_output=True)) == EXIT_INTERRUPTED
+    assert json.loads(capsys.readouterr().out)["text"] == "", "not the old answer"
+
+
+def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        def fileno(self) -> int:
+            raise OSError(9, "none")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(KllmError, match="cannot write the answer: No space left"):
+        one_shot(monkeypatch, "x", prompt="hi")
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(KllmError, match="nowhere to write"):
+        one_shot(monkeypatch, "x", prompt="hi")
+
+
+def test_an_address_without_its_scheme_is_told() -> None:
+    for model in ("127.0.0.1:8000", "localhost:8000/v1"):
+        with pytest.raises(UserError, match="an address begins with http://"):
+            run_chat(ChatOptions(model=model, prompt="x"))
+    assert ChatOptions(model="HTTP://x").url == "HTTP://x"
+
+
 def test_tools_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     answers = (call("calculator", {"expression": "6*7"}), "It is 42.")
     one_shot(monkeypatch, *answers, prompt="?", tools=("calculator",))
@@ -309,7 +402,6 @@ def test_json_in_a_terminal_needs_a_prompt(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_failed_answer_leaves_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KllmError, match="gone"):
         one_shot(monkeypatch, KllmError("gone"), prompt="hi")
-    assert oneshot.EXIT_FAILURE == KllmError("x").exit_code == 1
 
 
 # -- the editor ----------------------------------------------------------------------------------------
@@ -323,7 +415,7 @@ def test_a_failed_answer_leaves_with_its_error(monkeypatch: pytest.MonkeyPatch) 
         ('"""\na\nb\n"""', False, "a\nb"),
         ('"""a"""', False, "a"),
         ("a\\", True, "a\\"),
-        ("a\\\nb", False, "a\nb"),
+        ("a\\\nb", False, "a\\\nb"),
         ('say """x""" now', False, 'say """x""" now'),
         ('"""', True, '"""'),
     ],

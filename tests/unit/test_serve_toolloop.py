@@ -285,5 +285,5 @@ def test_a_tool_cannot_end_the_server() -> None:
 
     with tool_server(call("leave"), "Still here.", tools=[leave]) as box:
         message = box.message("hi")["message"]
-        assert events_of(message)[1][2:] == ("error: leave: SystemExit", True)
+        assert events_of(message)[1][2:] == ("error: leave: SystemExit: 3", True)
         assert message["content"] == "Still here."

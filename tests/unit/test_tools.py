@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -186,9 +187,29 @@ def test_two_tools_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_module_that_fails_to_import_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
-    file.write_text("1/0")
-    with pytest.raises(UserError, match="division by zero"):
-        find_tools([f"{file}:f"])
+    for text, said in ("1/0", "division by zero"), ("import sys; sys.exit(0)", "cannot import .*: 0"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=said):
+            find_tools([f"{file}:f"])
+
+
+def test_a_file_is_run_once_and_may_have_dataclasses_and_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "the_neighbour.py").write_text("STEP = 2\n")
+    file = tmp_path / "stateful.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from the_neighbour import STEP\n"
+        "@dataclass\nclass State:\n    count: int = 0\n"
+        "state = State()\n"
+        'def up() -> int:\n    """Counts."""\n    state.count += STEP\n    return state.count\n'
+        'def now() -> int:\n    """Tells."""\n    return state.count\n'
+        'def leave() -> int:\n    """Leaves."""\n    raise SystemExit(3)\n'
+    )
+    up, now, leave = find_tools([f"{file}:up,{file}:now", f"{file}:up", f"{file}:leave"])
+    assert (up.call("{}"), now.call("{}")) == ("2", "2")
+    with pytest.raises(ToolError, match="SystemExit"):
+        leave.call("{}")
 
 
 # -- the calculator ------------------------------------------------------------------------------------
@@ -253,6 +274,8 @@ def test_the_calculator_computes(expression: str, value: str) -> None:
         "round(1, 1.5)",
         "max(1)",
         "2**(2**(2**(2**(2**2))))",
+        "round(1, -4000000)",
+        "round(1, 10**9)",
     ],
 )
 def test_the_calculator_refuses(expression: str) -> None:
@@ -392,7 +415,12 @@ def test_clipped_keeps_both_ends(text: str, most: int) -> None:
     [
         ("It is 4.", None),
         ("```python\nprint(1)\n```", "print(1)"),
-        ("a\n```py\nx = 1\n```\nb\n~~~\nprint(x)\n~~~\nc", "x = 1\n\nprint(x)"),
+        ("a\n```py\nx = 1\n```\nb\n~~~Python\nprint(x)\n~~~\nc", "x = 1\n\nprint(x)"),
+        ("```python\nprint(4)\n```\nprints\n```\n4\n```", "print(4)"),
+        ("```\nx\n```", "x"),
+        ("````python\nx\n`````\nprose", "x"),
+        ("```python\r\nx\r\n```\r\nprose", "x"),
+        ("1. do\n\n     ```python\n     for i in x:\n       i\n     ```", "for i in x:\n  i"),
         ("```python\nprint('cut", "print('cut"),
         ("```json\n{}\n```", None),
         ("```\n\n```", None),
@@ -403,6 +431,19 @@ def test_clipped_keeps_both_ends(text: str, most: int) -> None:
 )
 def test_code_is_found_in_fences(answer: str, code: str | None) -> None:
     assert codeact.code_of(answer) == code
+
+
+def test_hostile_fences_are_read_in_time() -> None:
+    started = time.perf_counter()
+    for text in (
+        "```" + "a" * 1_000_000,
+        "```" * 300_000,
+        "`" * 1_000_000,
+        "```\n" * 200_000,
+        "~~~ \n" * 200_000,
+    ):
+        codeact.code_of(text)
+    assert time.perf_counter() - started < 20
 
 
 def test_the_system_prompt_names_the_functions() -> None:
