@@ -283,7 +283,7 @@ class Pressed(importlib.abc.MetaPathFinder):
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Pressed())
 from kllm.cli.app import main
-main(["chat", "nowhere", "-p", "x"])
+main(["bench", "generate", "--preset", "k-tiny"])
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120

@@ -169,7 +169,7 @@ def test_the_end_of_the_drain_ends_the_tools(monkeypatch: pytest.MonkeyPatch) ->
         with tool_server(call("wait"), "never", tools=[slow.tool()]) as box:
             whole, stream = Client(box), Client(box, stream=True)
             await happened(slow.running)
-            await settled(lambda: b"tool_events" in stream.data)
+            await settled(lambda: b"tool_events" in stream.data and box.runtime.in_flight == 2)
             box.runtime.abort(draining_error())
             assert (await whole.answer())["error"]["code"] == "draining" and whole.status == 503
             await asyncio.wait([stream.task], timeout=10)
