@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from kllm.observe import units
@@ -106,7 +107,9 @@ def _message_spans(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     spans = []
     for message in messages:
         spans.append((f"{message['role']}: ", False))
-        spans.append((f"{message.get('content') or ''}\n", message["role"] == "assistant"))
+        calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+        said = "\n".join(filter(None, [message.get("content"), *calls]))
+        spans.append((f"{said}\n", message["role"] == "assistant"))
     return spans
 
 

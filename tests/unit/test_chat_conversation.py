@@ -417,3 +417,16 @@ def test_settings_are_changed_from_text() -> None:
     ):
         with pytest.raises(UserError):
             set_option(settings, key, value)
+
+
+def test_a_saved_conversation_is_a_row_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kllm.cli.app import main
+
+    chat, _ = chat_of([*call("calculator", {"expression": "6*7"})], "It is 42.", box=box())
+    list(chat.ask("6*7?"))
+    save(chat, tmp_path / "talk.json")
+    with pytest.raises(SystemExit) as left:
+        main(["data", "inspect", str(tmp_path / "talk.json")])
+    out = capsys.readouterr().out
+    assert not left.value.code and "1 good, 0 bad" in out
+    assert '"expression": "6*7"' in out and "It is 42." in out
