@@ -53,6 +53,7 @@ def silent_keys() -> Iterator[None]:
         yield
         return
     silent = [*before]
+    silent[0] &= ~termios.ICRNL  # Enter stays Enter for the editor, which takes a newline for Ctrl-J
     silent[3] &= ~termios.ECHO
     termios.tcsetattr(number, termios.TCSADRAIN, silent)
     try:

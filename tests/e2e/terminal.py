@@ -42,6 +42,7 @@ class Terminal:
 
     Args:
         args: of `kllm`.
+        stdout: a file that it writes to instead.
         fresh: a new interpreter instead of a fork: signals reach it as they reach a user's.
     """
 
@@ -54,6 +55,7 @@ class Terminal:
         fresh: bool = False,
         columns: int = 80,
         lines: int = 40,
+        stdout: Path | None = None,
     ) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -63,7 +65,8 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit that it is ignored
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
-        files = {"stdin": slave, "stdout": slave, "stderr": slave, "env": dict(env), "cwd": cwd}
+        out = slave if stdout is None else os.open(stdout, os.O_CREAT | os.O_WRONLY)
+        files = {"stdin": slave, "stdout": out, "stderr": slave, "env": dict(env), "cwd": cwd}
         if fresh:
             self.process = subprocess.Popen([*KLLM, *args], preexec_fn=own_terminal, **files)
         else:
@@ -132,6 +135,7 @@ class Terminal:
         """Says something at an empty prompt."""
         self.ready()
         self.type(text)
+        self.until(lambda: self.line != ">>>")
         self.type("\r")
 
     def close(self, seconds: float = 30) -> int:
