@@ -283,7 +283,8 @@ class EvalStage(BaseStage):
     """Kind of the stage."""
     tasks: Annotated[StrList, Field(min_length=1)] = Field(default_factory=lambda: ["builtin:world"])
     """Tasks: `builtin:world` (exact answers), `builtin:world/facts` (without those about itself),
-    `builtin:identity`, `preference:FILE` (pairs), `format:FILE` (thinking), `perplexity:FILE`; repeat."""
+    `builtin:identity`, `builtin:tools` (calls, run), `preference:FILE` (pairs), `format:FILE` (thinking),
+    `perplexity:FILE`; repeat."""
     model: ModelSection = Field(default_factory=ModelSection)
     limit: Positive | None = None
     """Ask at most this many questions of each task."""

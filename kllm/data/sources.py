@@ -24,6 +24,7 @@ BUILTIN = {
     "world": ("pretrain", "sft", "preference", "rl", "tools", "eval", "preference-eval"),
     "identity": ("sft", "eval"),
     "reasoning": ("sft", "eval"),
+    "tools": ("offers", "copy", "practice", "sft", "eval"),
 }
 _PREFIX = "builtin:"
 _GLOB = frozenset("*?[")
@@ -97,8 +98,12 @@ def content_hash(source: str | Path, *, memo: Path | None = None) -> str:
     total = hashlib.blake2b(digest_size=16)
     if is_builtin(text):
         total.update("/".join(_builtin_parts(text)).encode())
-        for code in sorted((Path(__file__).parent / "builtin").rglob("*.py")):
-            total.update(code.read_bytes())
+        here = Path(__file__).parent
+        code = sorted((here / "builtin").rglob("*.py"))
+        if "tools" in _builtin_parts(text):  # the tools' own schemas and results are in it
+            code += sorted((here.parent / "tools").glob("*.py"))
+        for file in code:
+            total.update(file.read_bytes())
         return total.hexdigest()
     known = _load_memo(memo)
     for file in expand(text):

@@ -10,6 +10,7 @@ TASKS = {
     "builtin:world": "held-out questions about the built-in world, exact answers",
     "builtin:world/facts": "the same without the questions about the model itself, which a persona changes",
     "builtin:identity": "held-out questions to the built-in persona (trained with builtin:identity/sft)",
+    "builtin:tools": "held-out questions for tools, which are run (trained with builtin:tools/sft)",
     "preference": "preference:FILE, share of pairs whose chosen answer is the likelier one",
     "format": "format:FILE, prompts answered with and without thinking: form, and exact answers",
     "perplexity": "perplexity:FILE, loss and bits per byte of a text",
@@ -26,6 +27,7 @@ _DATA = {
     "builtin:world": "builtin:world/eval",
     "builtin:world/facts": "builtin:world/eval",
     "builtin:identity": "builtin:identity/eval",
+    "builtin:tools": "builtin:tools/eval",
 }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 _NUMBER = re.compile(r"-?\d+")
 _STOPS = ".。!！"
+_AROUND = " \n.。!！\"'`*“”‘’"  # of a result that is said
+_GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _SAMPLES = 20  # answers kept in a result
 
@@ -35,6 +37,18 @@ def exact(answer: str, expected: str) -> bool:
     if _NUMBER.fullmatch(expected.strip()):
         return final_answer(answer) == expected.strip()
     return normalise(answer) == normalise(expected)
+
+
+def says(answer: str, expected: str) -> bool:
+    """Whether the answer ends with `expected`, in any words before it.
+
+    Case counts; stops, quotes and emphasis around it do not, nor commas between the digits of a number.
+    """
+    said = unicodedata.normalize("NFKC", answer).strip(_AROUND)
+    if _NUMBER.match(expected):
+        said = _GROUPS.sub("", said)
+    before = said[: -len(expected)]
+    return said.endswith(expected) and not (before and re.match(r"[\w.:-]", before[-1], re.ASCII))
 
 
 def names_all(answer: str, must: Sequence[Sequence[str]], never: Sequence[str] = ()) -> bool:

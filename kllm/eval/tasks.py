@@ -1,6 +1,7 @@
 """What a model is measured by; one function for every task.
 
 `builtin:world`, `builtin:world/facts` and `builtin:identity` ask held-out questions (see `questions`),
+`builtin:tools` those that need tools, and runs these (see `tooluse`),
 `preference:FILE` compares pairs of answers, `format:FILE` looks at thinking, `perplexity:FILE` reads texts.
 """
 
@@ -15,12 +16,14 @@ from kllm.eval.names import check_task
 from kllm.eval.perplexity import run_perplexity
 from kllm.eval.preference import run_preference
 from kllm.eval.questions import run_identity, run_world
+from kllm.eval.tooluse import run_tools
 
 if TYPE_CHECKING:
     from kllm.model.transformer import Transformer
     from kllm.tokenizer.tokenizer import Tokenizer
 
-_BUILTIN_PROMPT = 512  # tokens that hold every built-in prompt
+_BUILTIN_PROMPT = 512  # tokens that hold every built-in prompt without tools
+_TOOLS_PROMPT = 4096  # and with them, several rounds included
 
 
 def run_task(
@@ -57,11 +60,14 @@ def run_task(
         return {"task": name, **run_preference(model, tokenizer, rest, limit=limit)}
     context = model.shape.max_position_embeddings
     if kind == "builtin":  # a cache for all positions of a large model would be a waste
-        context = min(context, _BUILTIN_PROMPT + max_new_tokens)
+        room = _TOOLS_PROMPT if name == "builtin:tools" else _BUILTIN_PROMPT
+        context = min(context, room + max_new_tokens)
     engine = Engine(model, tokenizer, max_batch=batch_size, max_context=context)
     asker = Asker(engine, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if kind == "format":
         return {"task": name, **run_format(asker, rest, limit=limit)}
+    if name == "builtin:tools":
+        return {"task": name, **run_tools(asker, limit=limit)}
     if name == "builtin:identity":
         return {"task": name, **run_identity(asker, limit=limit, chat=chat)}
     result = run_world(asker, limit=limit, chat=chat, itself=name == "builtin:world")

@@ -82,6 +82,7 @@ def test_tasks_name_their_data() -> None:
         ("builtin:world", "builtin:world/eval"),
         ("builtin:world/facts", "builtin:world/eval"),
         ("builtin:identity", "builtin:identity/eval"),
+        ("builtin:tools", "builtin:tools/eval"),
         ("perplexity:heldout.jsonl", "heldout.jsonl"),
         ("preference:builtin:world/preference-eval", "builtin:world/preference-eval"),
         ("format:a:b.jsonl", "a:b.jsonl"),

@@ -1,7 +1,7 @@
 """Built-in data: bilingual, for every stage, the same for a seed on every platform.
 
 `world` is a small closed world, told and asked about; `identity` a persona to teach to a model of it;
-`reasoning` problems of it that are thought through.
+`reasoning` problems of it that are thought through; `tools` conversations with tools to call.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from kllm.data.builtin import identity, reasoning
+from kllm.data.builtin import identity, reasoning, tools
 from kllm.data.builtin.splits import SPLITS
 from kllm.data.builtin.world import World, world
 from kllm.errors import UserError
@@ -18,6 +18,7 @@ SUBJECTS: dict[str, Mapping[str, Callable[[World], Iterator[dict[str, Any]]]]] =
     "world": SPLITS,
     "identity": identity.SPLITS,
     "reasoning": reasoning.SPLITS,
+    "tools": tools.SPLITS,
 }
 
 

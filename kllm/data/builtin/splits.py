@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kllm.data.builtin import lexicon as lex
-from kllm.data.builtin.extra import rl, tools
+from kllm.data.builtin import tools
+from kllm.data.builtin.extra import rl
 from kllm.data.builtin.preference import preference, preference_eval
 from kllm.data.builtin.rng import Deck, Dice
 from kllm.data.builtin.talk import MIX, Talk, Turn, messages, talks
@@ -156,7 +157,7 @@ SPLITS = {
     "sft": sft,
     "preference": preference,
     "rl": rl,
-    "tools": tools,
+    "tools": tools.sft,  # the name of old; builtin:tools is a subject of its own
     "eval": eval_,
     "preference-eval": preference_eval,
 }
