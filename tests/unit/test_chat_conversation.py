@@ -419,7 +419,9 @@ def test_settings_are_changed_from_text() -> None:
             set_option(settings, key, value)
 
 
-def test_a_saved_conversation_is_a_row_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_conversation_is_a_row_to_train_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from kllm.cli.app import main
 
     chat, _ = chat_of([*call("calculator", {"expression": "6*7"})], "It is 42.", box=box())
