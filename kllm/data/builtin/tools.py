@@ -32,8 +32,9 @@ OFFERS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("calculator",), 30),
     (("python",), 22),
     (("calculator", "python"), 28),
-    (("calculator", "clock"), 6),
-    (("calculator", "clock", "python"), 6),
+    (("clock",), 4),
+    (("calculator", "clock"), 8),
+    (("calculator", "clock", "python"), 8),
     (("calculator", "other"), 3),
     (("python", "other"), 3),
     ((), 2),
@@ -44,14 +45,14 @@ KINDS = (
     ("sum", 38),
     ("list", 26),
     ("text", 30),
-    ("clock", 3),
+    ("clock", 12),
     ("direct", 8),
     ("error", 3),
     ("failure", 1),
 )
 NEEDS = {"sum": "calculator", "list": "python", "text": "python", "clock": "clock", "error": "calculator"}
 DIRECT = ("person", "derived", "thing", "addition", "subtraction", "unknown")
-MISSING = 0.25  # how many of the questions whose tool is not on offer are asked all the same
+MISSING = 0.5  # how many of the questions whose tool is not on offer are asked all the same
 THEN = 0.3  # how often a sum goes on from its result
 CATEGORIES = ("sum", "follow-up", "python sum", "list", "text", "clock", "direct", "missing", "error")
 

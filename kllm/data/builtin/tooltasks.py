@@ -22,8 +22,11 @@ from kllm.tools.calculator import calculator
 HELD_NUMBERS = 8
 HELD_LISTS = 6
 HELD_WORDS = 6
+Numbers = list[int]
+Strings = list[str]
 PRINTED = "\n"  # what the python tool hands on goes as `print` wrote it
 OPERATORS = (("+", 4), ("-", 4), ("*", 5), ("/", 2))
+ECHOES = (("number", 2), ("sum", 3), ("numbers", 2), ("word", 3), ("words", 4), ("made", 4))
 FORMS = (("two", 82), ("three", 6), ("mixed", 6), ("decimal", 6))
 
 
@@ -90,7 +93,8 @@ class Tasks:
             if self.dice.chance(0.2):
                 found = self.dice.pick(phrases.WORDS)
             else:
-                found = "".join(self.dice.pick(phrases.SYLLABLES) for _ in range(self.dice.between(2, 3)))
+                parts = [self.dice.pick(phrases.SYLLABLES) for _ in range(self.dice.between(2, 3))]
+                found = "".join(parts) + self.dice.pick(phrases.ENDINGS)
             if is_held(found, HELD_WORDS) == self.held:
                 return found
 
@@ -174,14 +178,14 @@ class Tasks:
             return self._several()
         name, one = self.dice.pick(tuple(phrases.TEXTS)), self.word()
         letter = self.dice.pick(one) if self.dice.chance(0.8) else self.dice.pick("abcdefghijklmnoprstuvwz")
-        values = {"w": one, "c": letter, "n": str(self.dice.between(2, 5))}
+        values = {"w": one, "c": letter, "n": str(self.dice.between(2, 3))}
         asked = {**values, "w": self._quoted(one), "c": self._quoted(letter)}
         result = _TEXTS[name](one, letter, int(values["n"]))
         return self._python(phrases.TEXTS[name], asked, values, result, "text")
 
     def _several(self) -> Task:
         name = self.dice.pick(tuple(phrases.PHRASES))
-        words = [self.word() for _ in range(self.dice.between(2, 3))]
+        words = self._words(3)
         if name == "longest" and len({len(w) for w in words}) < len(words):
             name = "join"  # which of two is longer is no question of order
         values = {"x": str(words), "s": "-".join(words)}
@@ -220,23 +224,30 @@ class Tasks:
     # ---- copying
 
     def echo(self) -> Turn:
-        """Something to repeat: a number, a sum, a list, a word, several words."""
-        kind = self.dice.weighted((("number", 2), ("sum", 3), ("numbers", 2), ("word", 3), ("words", 3)))
-        if kind == "word":
-            said = self.word()
-            return self._echoed(self._quoted(said), said)
-        if kind == "number":
-            said = self.number(4, 1)
-        elif kind == "sum":
-            said = f"{self.number(4, 1)}{self.dice.pick('+-*/')}{self.number(4, 1)}"
-        elif kind == "numbers":
-            said = str(self.numbers())
+        """Something to repeat: numbers, sums, lists, words, and what tools make of words."""
+        kind = self.dice.weighted(ECHOES)
+        if kind in ("numbers", "words"):
+            items = self.numbers() if kind == "numbers" else self._words(5)
+            shown, said = self._listed(items), str(items)
+        elif kind in ("word", "made"):
+            said = self.word() if kind == "word" else self._made()
+            shown = self._quoted(said)
         else:
-            said = str([self.word() for _ in range(self.dice.between(2, 3))])
-        return self._echoed(said, said)
-
-    def _echoed(self, shown: str, said: str) -> Turn:
+            said = self.number(4, 1)
+            if kind == "sum":
+                said += f"{self.dice.pick('+-*/')}{self.number(4, 1)}"
+            shown = said
         return Turn(self.dice.pick(phrases.ECHO[self.lang]).format(x=shown), said, "echo")
+
+    def _made(self) -> str:
+        """A text as Python answers it: a word in capitals, backwards or repeated, or words with hyphens."""
+        name = self.dice.pick(("upper", "backwards", "repeat", "join"))
+        if name == "join":
+            return "-".join(self._words(3))
+        return str(_TEXTS[name](self.word(), "", self.dice.between(2, 3)))
+
+    def _words(self, most: int) -> Strings:
+        return [self.word() for _ in range(self.dice.between(2, most))]
 
     # ---- the clock
 
@@ -264,7 +275,6 @@ class Tasks:
                 return today, time
 
 
-Numbers = list[int]
 _LISTS: dict[str, Callable[[Numbers], object]] = {
     "sort": sorted,
     "down": lambda x: sorted(x, reverse=True),
@@ -284,7 +294,7 @@ _TEXTS: dict[str, Callable[[str, str, int], object]] = {
     "letter": lambda w, c, n: w.count(c),
     "repeat": lambda w, c, n: w * n,
 }
-_PHRASES: dict[str, Callable[[list[str]], object]] = {
+_PHRASES: dict[str, Callable[[Strings], object]] = {
     "alphabet": sorted,
     "join": "-".join,
     "split": list,
