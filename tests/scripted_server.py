@@ -40,9 +40,15 @@ class Scripted:
     """The server; `requests` are the bodies it got, `heads` their headers, `left` how many readers left early."""
 
     def __init__(
-        self, script: Script, *, models: tuple[str, ...] = ("scripted",), key: str = "", pause: float = 0
+        self,
+        script: Script,
+        *,
+        models: tuple[str, ...] = ("scripted",),
+        key: str = "",
+        pause: float = 0,
+        owner: str = "somebody",
     ) -> None:
-        self.script, self.models, self.key, self.pause = script, models, key, pause
+        self.script, self.models, self.key, self.pause, self.owner = script, models, key, pause, owner
         self.requests: list[dict[str, Any]] = []
         self.heads: list[dict[str, str]] = []
         self.left = 0
@@ -64,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._refused():
             return
-        rows = [{"id": name, "object": "model", "max_model_len": 4096} for name in self.scripted.models]
+        row = {"object": "model", "max_model_len": 4096, "owned_by": self.scripted.owner}
+        rows = [{"id": name, **row} for name in self.scripted.models]
         self._json(200, {"object": "list", "data": rows})
 
     def do_POST(self) -> None:

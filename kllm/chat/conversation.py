@@ -45,11 +45,13 @@ class Turn:
     Attributes:
         messages: the question first; answers, calls and results after it.
         said: one per answer of the model.
+        interrupted: Ctrl-C came while a tool or code ran.
     """
 
     messages: list[Message]
     said: list[Said] = field(default_factory=list)
     called: list[Called] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def question(self) -> str:
@@ -64,8 +66,8 @@ class Turn:
 
     @property
     def finish_reason(self) -> str:
-        """Of the last answer."""
-        return self.said[-1].finish_reason if self.said else "cancelled"
+        """Of the last answer; "tool_calls" if it never came to one."""
+        return "cancelled" if self.interrupted or not self.said else self.said[-1].finish_reason
 
 
 class Conversation:
@@ -138,7 +140,7 @@ class Conversation:
         if self.unanswered is not None:
             yield from self.ask(self.unanswered, interrupted, attempt=attempt)
             return
-        if not self.turns:
+        if not self.turns or not self.turns[-1].question:  # a file may begin with the model's greeting
             raise UserError("nothing to retry")
         last = self.turns.pop()
         try:
@@ -189,13 +191,18 @@ class Conversation:
         """Asks until an answer calls no tool; then the loop's limits end it, the last time without calls."""
         loop = ToolLoop(self.box) if self.box is not None and self.box.tools else None
         while True:
-            allowed = loop is not None and loop.ended is None
+            allowed = loop is None or loop.ended is None
             message = yield from self._answer(turn, interrupted, attempt, calls=allowed)
             calls = message.get("tool_calls")
-            if not calls or not allowed or loop is None:
+            if not calls or loop is None:
+                return
+            if not allowed:  # a server that does not heed "none", or marks that cannot be banned
+                if not message.get("content"):
+                    yield Note("no answer: the model goes on calling tools")
                 return
             yield from self._run(turn, loop, calls, interrupted)
             if interrupted():
+                turn.interrupted = True
                 return
             if loop.ended:
                 yield Note(f"no more calls: {loop.ended}")
@@ -238,7 +245,7 @@ class Conversation:
             if code is None or over or turn.finish_reason in ("cancelled", "length"):
                 return
             if code == last:
-                over, output = "the same code twice in a row", ""
+                over, output = "the same code twice in a row", "[not run again: see above]"
             else:
                 yield Calling("python", code)
                 ran = yield from self._ran(turn, code, interrupted)
@@ -249,6 +256,7 @@ class Conversation:
                     over = f"{ROUNDS} rounds"
             turn.messages.append({"role": "user", "content": codeact.shown(output, over)})
             if interrupted():
+                turn.interrupted = True
                 return
             if over:
                 yield Note(f"no more code: {over}")

@@ -10,15 +10,12 @@ from typing import Any
 
 from kllm.chat.model import NEVER, Called, ContextFull, Message, Said, Settings
 from kllm.engine import Engine, SamplingParams
-from kllm.engine.answer import Answer, Reading
+from kllm.engine.answer import Answer, Reading, no_calls
 from kllm.errors import UserError
 from kllm.tokenizer.chat import ChatEncoder
 from kllm.tokenizer.parts import Part
 from kllm.tokenizer.thinking import starts_thinking
 from kllm.tokenizer.tokenizer import Tokenizer
-from kllm.tokenizer.toolcalls import TOOL_CALL
-
-_NEVER_DRAWN = -100.0
 
 
 class LocalModel:
@@ -72,7 +69,7 @@ class LocalModel:
             self.tokenizer,
             thinking=self.encoder is not None and starts_thinking(self.tokenizer, ids),
             split=self.encoder is not None,
-            parsed=bool(tools) and calls,
+            parsed=bool(tools),
             stop_ids=frozenset(self.tokenizer.stop_token_ids),
             prompt=ids,
         )
@@ -115,8 +112,7 @@ class LocalModel:
         return self.encoder.prompt(messages, tools, **given)
 
     def _params(self, settings: Settings, reading: Reading, *, banned: bool) -> SamplingParams:
-        token = self.tokenizer.added_tokens.get(TOOL_CALL)
-        bias = ((token, _NEVER_DRAWN),) if banned and token is not None else ()
+        bias = no_calls(self.tokenizer) if banned else ()
         shown = reading.shown() if reading.split else ()
         return replace(self._base, **settings.sampling, shown_special_ids=shown, logit_bias=bias)
 

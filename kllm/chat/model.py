@@ -44,12 +44,12 @@ class Said:
     decode_s: float
     cached_tokens: int = 0
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Decoding speed, None where it cannot be told (less than two tokens)."""
-        if self.completion_tokens < 2 or self.decode_s <= 0:
-            return None
-        return (self.completion_tokens - 1) / self.decode_s
+
+def tokens_per_second(said: Sequence[Said]) -> float | None:
+    """Decoding speed of some answers, None where it cannot be told (no answer of two tokens)."""
+    steps = sum(max(0, one.completion_tokens - 1) for one in said)
+    seconds = sum(one.decode_s for one in said)
+    return steps / seconds if steps and seconds > 0 else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ChatModel(Protocol):
         Args:
             messages: OpenAI's, the system prompt included.
             tools: schemas of what it may call.
-            calls: whether it may call them now.
+            calls: whether it may call them now; False also keeps a server from running tools of its own.
             interrupted: asked all the time; True ends the answer, what came stays.
 
         Raises:

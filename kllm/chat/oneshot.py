@@ -11,9 +11,10 @@ from typing import Any
 
 from kllm.chat.conversation import Conversation, Turn
 from kllm.chat.interrupt import Interrupts
+from kllm.chat.model import tokens_per_second
 from kllm.chat.repl import clean_input
 from kllm.chat.show import PlainShow
-from kllm.errors import EXIT_INTERRUPTED, EXIT_OK, KllmError, UserError
+from kllm.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, KllmError, UserError
 
 
 def question_of(prompt: str | None, *, interactive: bool) -> str:
@@ -30,7 +31,7 @@ def question_of(prompt: str | None, *, interactive: bool) -> str:
 
 
 def answer_once(chat: Conversation, question: str, *, json_output: bool) -> int:
-    """Answers and returns the exit code: 130 if Ctrl-C cut the answer.
+    """Answers and returns the exit code: 130 if Ctrl-C cut the answer, 1 if it never came.
 
     Raises:
         KllmError: the answer cannot be written; BrokenPipeError: its reader has left.
@@ -64,7 +65,8 @@ def _answer(chat: Conversation, question: str, json_output: bool) -> int:
         return EXIT_INTERRUPTED
     if turn.finish_reason == "length" and not json_output:
         sys.stderr.write(f"note: cut after {turn.said[-1].completion_tokens} tokens\n")
-    return EXIT_OK
+    answered = turn.finish_reason != "tool_calls" or bool(turn.answer.get("content"))
+    return EXIT_OK if answered else EXIT_FAILURE
 
 
 def to_json(turn: Turn, model: str) -> dict[str, Any]:
@@ -74,8 +76,7 @@ def to_json(turn: Turn, model: str) -> dict[str, Any]:
     """
     said = turn.said
     prompt, completion = sum(s.prompt_tokens for s in said), sum(s.completion_tokens for s in said)
-    decode = sum(s.decode_s for s in said)
-    steps = sum(max(0, s.completion_tokens - 1) for s in said)
+    speed = tokens_per_second(said)
     calls = [
         {
             "name": c.name,
@@ -99,8 +100,8 @@ def to_json(turn: Turn, model: str) -> dict[str, Any]:
         },
         "timings": {
             "prefill_s": round(sum(s.prefill_s for s in said), 4),
-            "decode_s": round(decode, 4),
-            "tokens_per_second": round(steps / decode, 1) if steps and decode > 0 else None,
+            "decode_s": round(sum(s.decode_s for s in said), 4),
+            "tokens_per_second": None if speed is None else round(speed, 1),
         },
     }
 

@@ -45,7 +45,9 @@ class RemoteModel:
         if rows and self.name not in rows:
             hint = f"it lists {_some(list(rows))}"
             raise UserError(f"no model named {self.name!r}", where=self._target.url, hint=hint)
-        limit = rows.get(self.name, {}).get("max_model_len")
+        row = rows.get(self.name, {})
+        self._runs_tools = row.get("owned_by") == "kllm"  # other servers refuse fields that they do not know
+        limit = row.get("max_model_len")
         self.context = limit if isinstance(limit, int) else None
 
     def describe(self) -> str:
@@ -118,6 +120,8 @@ class RemoteModel:
             body["tools"] = tools
             if not calls:
                 body["tool_choice"] = "none"
+        elif not calls and self._runs_tools:
+            body["server_tools"] = False
         if settings.thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
         return body

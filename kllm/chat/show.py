@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from kllm.chat.conversation import Calling, Item, Note
 from kllm.chat.markdown import last_lines, markdown, split_blocks
-from kllm.chat.model import Called, Said
+from kllm.chat.model import Called, Said, tokens_per_second
 from kllm.errors import harmless
 from kllm.tokenizer.parts import Part
 
@@ -242,11 +242,10 @@ def one_line(text: str, width: int = 200) -> str:
 def figures(said: list[Said]) -> str:
     """Tokens and speed of a turn's answers, for the line under it."""
     tokens = sum(one.completion_tokens for one in said)
-    seconds = sum(one.decode_s for one in said)
-    steps = sum(max(0, one.completion_tokens - 1) for one in said)
+    speed = tokens_per_second(said)
     words = [f"{tokens} token" + ("" if tokens == 1 else "s")]
-    if steps and seconds > 0:
-        words.append(f"{steps / seconds:.0f} tokens/s")
+    if speed is not None:
+        words.append(f"{speed:.0f} tokens/s")
     if said:
         words.append(f"first after {said[0].prefill_s:.2f} s")
     return ", ".join(words)

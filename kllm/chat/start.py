@@ -114,6 +114,9 @@ def check(options: ChatOptions) -> None:
                 raise UserError("is for a model that is here, not at an address", where=f"flag {flag}")
     if options.raw and (options.tools or options.codeact or options.system):
         raise UserError("has no turns, so no tools, code or system prompt", where="flag --raw")
+    if options.unsafe_python and not options.codeact and "python" not in options.tools:
+        hint = "it is for --tools python and --codeact"
+        raise UserError("there is no Python to run", where="flag --unsafe-python", hint=hint)
 
 
 def open_chat(options: ChatOptions) -> Conversation:
@@ -128,8 +131,9 @@ def open_chat(options: ChatOptions) -> Conversation:
     box = None
     if tools or options.codeact:
         box = Toolbox(tools, code=options.codeact, unsafe_python=options.unsafe_python)
+    model = open_model(options)
     chat = Conversation(
-        open_model(options),
+        model,
         system=options.system,
         settings=Settings(options.sampling, options.thinking),
         box=box,
@@ -138,7 +142,16 @@ def open_chat(options: ChatOptions) -> Conversation:
     )
     if options.load is not None:
         _load(chat, options)
+    if options.url is None and chat.tools and not _shown(chat):
+        _say("this model's chat template shows it no tools: it will not call any")
     return chat
+
+
+def _shown(chat: Conversation) -> bool:
+    """Whether the template of a model here writes the tools into the prompt."""
+    asked = [{"role": "user", "content": "?"}]
+    with_tools, without = (chat.model.prompt(asked, t, chat.settings) for t in (chat.tools, None))
+    return with_tools != without
 
 
 def _load(chat: Conversation, options: ChatOptions) -> None:

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from kllm.engine.params import Event, TokenLogprob
     from kllm.tokenizer.tokenizer import Tokenizer
 
+_NEVER_DRAWN = -100.0
 _PAIRS = ((THINK, END_THINK), (TOOL_CALL, END_TOOL_CALL))
+
+
+def no_calls(tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
+    """The `logit_bias` of an answer that may not call tools; () where the mark of a call is no token."""
+    call = tokenizer.added_tokens.get(TOOL_CALL)
+    return () if call is None else ((call, _NEVER_DRAWN),)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kllm.engine import Completion, Engine, Event, SamplingParams
-from kllm.engine.answer import Answer, Reading, message_of
+from kllm.engine.answer import Answer, Reading, message_of, no_calls
 from kllm.errors import UserError
 from kllm.eval.reply import TAGS
 from kllm.tokenizer.chat import ChatEncoder
@@ -61,17 +61,21 @@ class Asker:
         return self._ask([self.tokenizer.encode(text_prompt(m)) for m in conversations], stop=("\n",))
 
     def replies(
-        self, conversations: Sequence[tuple[Sequence[dict[str, Any]], list[dict[str, Any]] | None]]
+        self, conversations: Sequence[tuple[Sequence[dict[str, Any]], list[dict[str, Any]] | None, bool]]
     ) -> list[Reply]:
-        """Answers in chat turns to (messages, schemas of the tools on offer), read as `kllm chat` does.
+        """Answers in chat turns, as `kllm chat` asks for them and reads them.
+
+        Args:
+            conversations: messages, schemas of the tools on offer, and whether they may be called now.
 
         One whose prompt fills the context is empty.
         """
         encoder = ChatEncoder(self.tokenizer)
-        prompts = [encoder.prompt(messages, tools) for messages, tools in conversations]
+        prompts = [encoder.prompt(messages, tools) for messages, tools, _ in conversations]
+        biases = [no_calls(self.tokenizer) if tools and not may else () for _, tools, may in conversations]
         fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.engine.max_context]
         shown = Reading(self.tokenizer, thinking=False, split=True, parsed=True).shown()
-        done = self._complete([prompts[i] for i in fit], shown=shown)
+        done = self._complete([prompts[i] for i in fit], shown=shown, biases=[biases[i] for i in fit])
         replies = [Reply({"role": "assistant", "content": ""}, False)] * len(prompts)
         for i, completion in zip(fit, done, strict=True):
             replies[i] = self._read(prompts[i], completion, parsed=conversations[i][1] is not None)
@@ -107,7 +111,11 @@ class Asker:
         return [Said(one.text.strip(), one.finish_reason == "stop") for one in done]
 
     def _complete(
-        self, prompts: list[list[int]], stop: tuple[str, ...] = (), shown: tuple[int, ...] = ()
+        self,
+        prompts: list[list[int]],
+        stop: tuple[str, ...] = (),
+        shown: tuple[int, ...] = (),
+        biases: Sequence[tuple[tuple[int, float], ...]] | None = None,
     ) -> list[Completion]:
         params = SamplingParams(
             max_tokens=self.max_new_tokens, temperature=0.0, stop=stop, shown_special_ids=shown
@@ -116,7 +124,8 @@ class Asker:
         found = [Completion()] * len(prompts)
         for at in range(0, len(order), self.batch_size):
             some = order[at : at + self.batch_size]
-            done = self.engine.generate([prompts[i] for i in some], params)
+            each = [params if biases is None else replace(params, logit_bias=biases[i]) for i in some]
+            done = self.engine.generate([prompts[i] for i in some], each)
             for i, completion in zip(some, done, strict=True):
                 found[i] = completion
         return found

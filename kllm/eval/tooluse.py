@@ -43,9 +43,9 @@ class Trial:
         self.shown: list[str] = []
         self.fault = self.result = self.answer = ""
 
-    def prompt(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """What to ask next: the conversation and the tools, which are withheld once the loop has ended."""
-        return self.messages, self.schemas if self.schemas and self.loop.ended is None else None
+    def prompt(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool]:
+        """What to ask next: the conversation, the tools, and whether the loop lets them be called."""
+        return self.messages, self.schemas or None, self.loop.ended is None
 
     def hear(self, reply: Reply) -> bool:
         """Takes an answer in and runs its calls; whether the model is to be asked again."""
@@ -110,6 +110,14 @@ def run_tools(asker: Asker, *, limit: int | None = None) -> dict[str, Any]:
     rows = list(generate("eval", subject="tools"))[:limit]
     if not rows:
         raise UserError("there is nothing to ask", where="limit", hint="limit must be at least 1")
+    trials: list[Trial] = []
+    for at in range(0, len(rows), asker.batch_size):  # each has a sandbox of its own: not all at once
+        trials += _wave(asker, rows[at : at + asker.batch_size])
+    return _result(trials)
+
+
+def _wave(asker: Asker, rows: Sequence[Row]) -> list[Trial]:
+    """The trials of some rows, side by side to their ends."""
     trials = [Trial(row) for row in rows]
     going = trials
     try:
@@ -119,7 +127,7 @@ def run_tools(asker: Asker, *, limit: int | None = None) -> dict[str, Any]:
     finally:
         for trial in trials:
             trial.box.close()
-    return _result(trials)
+    return trials
 
 
 def _at_rest(tool: Tool, results: dict[str, str]) -> Tool:

@@ -99,6 +99,7 @@ def test_the_same_code_twice_in_a_row_is_not_run_again(talk: Any) -> None:
     chat, model = talk(code("1"), code("2"), code("1"), code("1"), "It is 1.")
     items = list(chat.ask("?"))
     assert outputs(items) == ["1\n", "2\n", "1\n"] and "twice in a row" in model.asked[-1][-1]["content"]
+    assert "nothing was printed" not in model.asked[-1][-1]["content"], "it was not run"
     assert chat.turns[0].answer["content"] == "It is 1."
 
 
@@ -157,6 +158,7 @@ def test_ctrl_c_ends_the_code(talk: Any) -> None:
 
     told = outputs(list(chat.ask("?", interrupted)))
     assert "interrupted" in told[0] and len(model.asked) == 1
+    assert chat.turns[0].finish_reason == "cancelled"
 
 
 def test_code_of_another_language_is_no_code_and_text_ends(talk: Any) -> None:

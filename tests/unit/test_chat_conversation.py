@@ -39,7 +39,8 @@ class FakeModel:
         return "says what it is told to"
 
     def prompt(self, messages: Any, tools: Any, settings: Settings) -> str:
-        return "|".join(f"{m['role']}:{m['content']}" for m in messages)
+        offered = [f"tools:{tool['function']['name']}" for tool in tools or ()]
+        return "|".join([*offered, *(f"{m['role']}:{m['content']}" for m in messages)])
 
     def close(self) -> None:
         self.closed = True
@@ -100,7 +101,7 @@ def test_the_model_is_shown_the_whole_conversation() -> None:
     list(chat.ask("how?"))
     assert roles(model.asked[1]) == ["s:be kind", "u:hi", "a:hello", "u:how?"]
     assert [t.question for t in chat.turns] == ["hi", "how?"]
-    assert model.tools == [None, None] and model.calls == [False, False]
+    assert model.tools == [None, None] and model.calls == [True, True], "a server may have its own"
 
 
 def test_undo_retry_clear() -> None:
@@ -117,6 +118,18 @@ def test_undo_retry_clear() -> None:
     chat.clear()
     list(chat.ask("three"))
     assert roles(model.asked[-1]) == ["u:three"]
+
+
+def test_a_greeting_has_no_question_to_retry(tmp_path: Path) -> None:
+    chat, model = chat_of("never")
+    path = tmp_path / "greeting.json"
+    said = (("assistant", "Hello, what is it?"), ("user", "hi"), ("assistant", "yes"))
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}))
+    list(load(chat, path))
+    assert chat.undo() == "hi"
+    with pytest.raises(UserError, match="nothing to retry"):
+        list(chat.retry())
+    assert model.asked == [] and chat.turns[0].answer["content"].startswith("Hello")
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came() -> None:
@@ -229,7 +242,9 @@ def test_a_model_that_only_calls_is_asked_a_last_time_without() -> None:
 def test_a_call_without_a_result_never_stays() -> None:
     deaf = [call("calculator", {"expression": f"1+{i}"}) for i in range(9)]  # heeds no tool_choice
     chat, model = chat_of(*deaf, "next", box=box())
-    list(chat.ask("count"))
+    notes = [i.text for i in chat.ask("count") if isinstance(i, Note)]
+    assert notes[-1] == "no answer: the model goes on calling tools"
+    assert chat.turns[0].finish_reason == "tool_calls" and not chat.turns[0].answer["content"]
     list(chat.ask("and?"))
     for message, after in zip(model.asked[-1], model.asked[-1][1:], strict=False):
         assert not message.get("tool_calls") or after["role"] == "tool"
@@ -250,6 +265,7 @@ def test_ctrl_c_between_two_calls_and_a_tool_that_hangs(monkeypatch: pytest.Monk
     items = list(chat.ask("go", lambda: bool(pressed)))
     assert ran == [0] and [i.error for i in items if isinstance(i, Called)] == [False, True, True, True]
     assert len(model.asked) == 1 and len(chat.turns[0].messages) == 6
+    assert chat.turns[0].finish_reason == "cancelled"
 
     gate = threading.Event()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from chat_support import chat_model
 
 from kllm.chat.conversation import Conversation
 from kllm.chat.local import LocalModel, load_local
-from kllm.chat.model import ContextFull, Said, Settings
-from kllm.engine import Engine
+from kllm.chat.model import ContextFull, Said, Settings, tokens_per_second
+from kllm.engine import Engine, Event
 from kllm.errors import UserError
 from kllm.tokenizer.parts import Part
 from kllm.tools.registry import schemas
@@ -54,7 +55,7 @@ def test_the_model_is_shown_the_whole_conversation(loaded: LocalModel) -> None:
     at = [text.index(part) for part in order]
     assert at == sorted(at)
     assert (said.completion_tokens, said.finish_reason) == (6, "length") and said.cached_tokens > 0
-    assert said.tokens_per_second is not None and said.prefill_s > 0
+    assert tokens_per_second([said]) is not None and said.prefill_s > 0
 
 
 def test_tools_stand_in_the_prompt(loaded: LocalModel) -> None:
@@ -62,6 +63,21 @@ def test_tools_stand_in_the_prompt(loaded: LocalModel) -> None:
     text = loaded.prompt(messages, schemas(["calculator"]), GREEDY)
     assert '"calculator"' in text and "expression" in text
     assert loaded.prompt(messages, None, GREEDY) in text.replace(text.split("<|im_start|>user")[0], "")
+
+
+def test_calls_are_read_even_where_none_are_allowed(loaded: LocalModel) -> None:
+    """A mark that is no token cannot be banned; what it begins is no text to show either."""
+    text = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "1"}}\n</tool_call>'
+    call = loaded.tokenizer.added_tokens["<tool_call>"]
+    end = loaded.tokenizer.added_tokens["</tool_call>"]
+    ids = (call, *loaded.tokenizer.encode(text[11:-12]), end)
+    engine = SimpleNamespace(max_context=2048, stream=lambda *_: iter([Event(0, ids, text, "stop")]))
+    model = LocalModel(cast(Engine, engine), loaded.tokenizer)
+    for calls in (True, False):
+        items = list(
+            model.ask([{"role": "user", "content": "hi"}], schemas(["calculator"]), GREEDY, calls=calls)
+        )
+        assert [i.kind for i in items if isinstance(i, Part)] == ["call", "arguments"]
 
 
 def test_users_text_cannot_forge_a_turn(loaded: LocalModel) -> None:

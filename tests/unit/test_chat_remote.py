@@ -83,6 +83,17 @@ def test_what_was_set_is_sent() -> None:
     assert server.heads[0]["authorization"] == "Bearer sesame"
 
 
+@pytest.mark.parametrize("owner", ["kllm", "vllm"])
+def test_a_server_s_own_tools_are_kept_out_of_a_talk_in_code(owner: str) -> None:
+    with serving(lambda body: ["It is 1."], owner=owner) as server:
+        code = Conversation(RemoteModel(server.url), box=Toolbox([], code=True), code=True)
+        list(code.ask("?"))
+        list(Conversation(RemoteModel(server.url)).ask("?"))
+        code.close()
+    sent = [body.get("server_tools", "nothing") for body in server.requests]
+    assert sent == [False if owner == "kllm" else "nothing", "nothing"], "others refuse unknown fields"
+
+
 def test_tool_calls_are_put_together_and_run() -> None:
     def script(body: dict[str, Any]) -> list[Any]:
         if body["messages"][-1]["role"] == "tool":

@@ -385,6 +385,46 @@ def test_tools_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert capsys.readouterr() == ("It is 42.\n", "[calculator] 6*7 -> 42\n")
 
 
+def test_tools_that_the_template_does_not_show_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeModel, "prompt", lambda self, messages, tools, settings: "always the same")
+    one_shot(monkeypatch, "hi", prompt="?", tools=("calculator",))
+    assert (
+        capsys.readouterr().err
+        == "note: this model's chat template shows it no tools: it will not call any\n"
+    )
+
+
+def test_a_model_that_never_answers_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deaf = [call("calculator", {"expression": f"1+{i}"}) for i in range(9)]
+    assert one_shot(monkeypatch, *deaf, prompt="?", tools=("calculator",))[0] == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "note: no answer: the model goes on calling tools"
+
+
+def test_ctrl_c_while_a_tool_runs_is_told_by_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "slow.py"
+    path.write_text(
+        "import signal, time\n\ndef nap() -> str:\n    'Sleeps.'\n"
+        "    signal.raise_signal(signal.SIGINT)\n    time.sleep(0.2)\n    return 'rested'\n"
+    )
+    code, _ = one_shot(
+        monkeypatch, call("nap", {}), "never", prompt="?", tools=(f"{path}:nap",), json_output=True
+    )
+    assert code == EXIT_INTERRUPTED
+    row = json.loads(capsys.readouterr().out)
+    assert row["finish_reason"] == "cancelled" and row["tool_calls"][0]["name"] == "nap"
+
+
+def test_unsafe_python_without_python_is_refused() -> None:
+    with pytest.raises(UserError, match="no Python to run"):
+        run_chat(ChatOptions(model="m", prompt="x", tools=("calculator",), unsafe_python=True))
+
+
 @pytest.mark.parametrize("stdin", [b"", b" \n\n"])
 def test_nothing_to_answer_is_a_user_error_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, stdin: bytes

@@ -23,7 +23,7 @@ from kllm.run.results import tables
 from kllm.tokenizer.chat import ChatEncoder
 from kllm.tools.registry import schemas
 
-Prompt = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
+Prompt = tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool]
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,18 @@ def test_what_an_answer_says(answer: str, expected: str, right: bool) -> None:
 class Scripted:
     """An asker whose model answers by rule, told the question's row; like `Asker`, for tests."""
 
-    def __init__(self, answer: Callable[[Prompt, dict[str, Any]], Reply]) -> None:
-        self.answer = answer
+    def __init__(self, answer: Callable[[Prompt, dict[str, Any]], Reply], batch_size: int = 1000) -> None:
+        self.answer, self.batch_size = answer, batch_size
         self.asked: list[list[Prompt]] = []
         self.rows: dict[int, dict[str, Any]] = {}
+        self.kept: list[Any] = []
 
     def replies(self, prompts: list[Prompt]) -> list[Reply]:
-        if not self.asked:  # a question's conversation is one list that grows
-            rows = generate("eval", subject="tools")
-            self.rows = {id(messages): row for (messages, _), row in zip(prompts, rows, strict=False)}
+        rows = list(generate("eval", subject="tools"))
+        for messages, _, _ in prompts:  # a question's conversation is one list that grows
+            if id(messages) not in self.rows:
+                self.rows[id(messages)] = rows[len(self.rows)]
+                self.kept.append(messages)  # or another list may get its id
         self.asked.append(list(prompts))
         return [self.answer(prompt, self.rows[id(prompt[0])]) for prompt in prompts]
 
@@ -121,7 +124,7 @@ def test_an_obedient_model_is_perfect() -> None:
     assert result["faults"] == {}
     assert set(result["by_category"]) == {"en", "zh"}
     assert [len(prompts) for prompts in asker.asked] == [90, 70]  # all at once, then those that called
-    messages, tools = asker.asked[1][0]
+    messages, tools, _ = asker.asked[1][0]
     assert [m["role"] for m in messages[-2:]] == ["assistant", "tool"]
     assert tools and {"type", "function"} == set(tools[0])
     titles = [table.title for table in tables({"builtin:tools": result})]
@@ -132,7 +135,7 @@ def test_an_obedient_model_is_perfect() -> None:
 def test_prompts_offer_exactly_the_tools_of_the_row() -> None:
     asker: Any = Scripted(obedient)
     run_tools(asker, limit=18)
-    for messages, tools in asker.asked[0]:
+    for messages, tools, _ in asker.asked[0]:
         assert tools == schemas(asker.rows[id(messages)]["tools"])
 
 
@@ -161,11 +164,21 @@ def test_faults_are_counted() -> None:
     assert result["calls"]["accuracy"] == 1.0
 
 
-def test_a_model_that_calls_for_ever_is_asked_a_last_time_without_tools() -> None:
+def test_questions_are_asked_in_waves_so_that_sandboxes_do_not_add_up() -> None:
+    asker: Any = Scripted(obedient, batch_size=16)
+    result = run_tools(asker, limit=90)
+    assert (result["accuracy"], result["total"]) == (1.0, 90)
+    assert max(len(prompts) for prompts in asker.asked) == 16
+    done = run_tools(Scripted(obedient), limit=90)  # type: ignore[arg-type]
+    assert result == done
+
+
+def test_a_model_that_calls_for_ever_is_asked_a_last_time_as_chat_does() -> None:
     again = said("", ("calculator", {"expression": "1"}))
-    asker: Any = Scripted(lambda prompt, _: again if prompt[1] else said("Enough."))
+    asker: Any = Scripted(lambda prompt, _: again if prompt[2] else said("Enough."))
     result = run_tools(asker, limit=1)
-    assert [prompts[0][1] is None for prompts in asker.asked] == [False, False, True]  # the same call twice
+    assert [prompts[0][2] for prompts in asker.asked] == [True, True, False]  # the same call twice
+    assert all(prompts[0][1] for prompts in asker.asked), "the prompt keeps the tools"
     assert result["samples"][0]["answer"].endswith("Enough.")
 
 
@@ -205,7 +218,7 @@ class Fixed(Engine):
     def generate(self, prompts: Any, params: Any, on_event: Any = None) -> Any:
         from kllm.engine import Completion
 
-        self.prompts = [list(prompt) for prompt in prompts]
+        self.prompts, self.params = [list(prompt) for prompt in prompts], params
         ids = [self.ids(text) for text in self.texts]
         return [Completion(i, text, "stop") for i, text in zip(ids, self.texts, strict=True)]
 
@@ -216,7 +229,12 @@ def test_calls_are_read_out_of_an_answer_s_text(model: Any) -> None:
     engine.texts = [call, f"Let me see.\n{call}\n{call}", "Just so."]
     messages = [{"role": "user", "content": "1+1?"}]
     tools = schemas(["calculator"])
-    one, two, none = Asker(engine, model[1]).replies([(messages, tools)] * 3)
+    one, two, none = Asker(engine, model[1]).replies(
+        [(messages, tools, True)] * 2 + [(messages, tools, False)]
+    )
+    call_token = model[1].added_tokens["<tool_call>"]
+    assert [bool(p.logit_bias) for p in engine.params] == [False, False, True]
+    assert engine.params[2].logit_bias == ((call_token, -100.0),)
     assert [c["function"]["name"] for c in one.message["tool_calls"]] == ["calculator"]
     assert json.loads(one.message["tool_calls"][0]["function"]["arguments"]) == {"expression": "1+1"}
     assert (len(two.message["tool_calls"]), two.message["content"]) == (2, "Let me see.")
