@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from types import FrameType
 
 import uvicorn
@@ -27,7 +28,7 @@ from kllm.serve.registry import Registry
 from kllm.serve.runtime import draining_error
 from kllm.serve.settings import Settings
 from kllm.serve.sources import Source
-from kllm.serve.toolflags import introduced
+from kllm.serve.toolflags import introduced, runs_code
 
 log = logging.getLogger("kllm.serve")
 
@@ -88,13 +89,18 @@ def serve(
         ready: is told the URL when all models are loaded.
 
     Raises:
-        UserError, KllmError: the port cannot be had, a model cannot be loaded.
+        UserError, KllmError: the port cannot be had, a model cannot be loaded, strangers could run code.
     """
     _log_to_stderr()
     check(sources, options)
     # Before uvicorn has its handlers and after it: there is nothing to finish.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_OK))
     listener = bind(settings.host, settings.port)
+    try:
+        check_reach(settings)
+    except UserError:
+        listener.close()
+        raise
     url = url_of(listener, settings.host)
     registry = Registry()
     server = _server(registry, settings)
@@ -230,7 +236,19 @@ def exposed(settings: Settings) -> bool:
         found = socket.getaddrinfo(settings.host or None, None, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
         return True
-    return not all(str(entry[4][0]).startswith(("127.", "::1")) for entry in found)
+    return not all(ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+
+def check_reach(settings: Settings) -> None:
+    """Code that a model wrote is run for this machine only, or for those who have a key.
+
+    Raises:
+        UserError: `python` is among the tools, and whoever reaches the port could have it run.
+    """
+    if runs_code(settings.tools) and exposed(settings):
+        where = "flag --unsafe-python" if settings.unsafe_python else "flag --tools"
+        message = f"python for whoever reaches {settings.host or '0.0.0.0'} needs a key"
+        raise UserError(message, where=where, hint="--api-key-file, or --host 127.0.0.1")
 
 
 def _descriptors() -> int:

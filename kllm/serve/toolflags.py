@@ -22,10 +22,9 @@ def open_tools(names: Sequence[str], unsafe_python: bool) -> tuple[Tool, ...]:
         UserError: an unknown tool, one that the API cannot describe, or no sandbox for `python`.
     """
     tools = find_tools(names)
-    sandboxed = any(tool.function is python for tool in tools)
-    if unsafe_python and not sandboxed:
+    if unsafe_python and not runs_code(tools):
         raise UserError("there is no python among the tools", where="flag --unsafe-python")
-    if sandboxed and not unsafe_python:
+    if runs_code(tools) and not unsafe_python:
         from kllm.tools.sandbox import check_platform
 
         check_platform()
@@ -34,6 +33,11 @@ def open_tools(names: Sequence[str], unsafe_python: bool) -> tuple[Tool, ...]:
     except ApiError as error:
         raise UserError(error.message, where="flag --tools") from None
     return tuple(tools)
+
+
+def runs_code(tools: Sequence[Tool]) -> bool:
+    """Whether one of them is `python`: what a model writes is run."""
+    return any(tool.function is python for tool in tools)
 
 
 def introduced(settings: Settings) -> list[str]:

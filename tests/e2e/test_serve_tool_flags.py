@@ -142,6 +142,10 @@ def test_a_tool_that_hangs_does_not_hold_up_the_end(caller: Path) -> None:
         (["--tools", "abacus"], "flag --tools: no tool named 'abacus'"),
         (["--tools", "calculator,nowhere.py:f"], "flag --tools, nowhere.py: no such file"),
         (["--tools", "calculator", "--unsafe-python"], "flag --unsafe-python: there is no python among the"),
+        (
+            ["--tools", "python", "--unsafe-python", "--host", "0.0.0.0"],
+            "flag --unsafe-python: python for whoever",
+        ),
         (["--tools", "clock", "--max-sandboxes", "0"], "flag --max-sandboxes: must be at least 1, got '0'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from serve_support import registry, server
 
 from kllm.cli import serve as command
 from kllm.errors import UserError
+from kllm.serve import main
+from kllm.serve.loading import LoadOptions
 from kllm.serve.main import Server, bind, exposed, open_port, url_of
 from kllm.serve.middleware import digests
 from kllm.serve.protocol import Protocol
 from kllm.serve.settings import Settings
+from kllm.tools.registry import find_tools
 
 
 def test_keys_come_from_three_places(tmp_path: Path) -> None:
@@ -97,6 +101,23 @@ def test_who_can_reach_it() -> None:
     assert not exposed(Settings(host="127.0.0.1")) and not exposed(Settings(host="localhost"))
     assert exposed(Settings(host="0.0.0.0")) and exposed(Settings(host="192.0.2.1"))
     assert not exposed(Settings(host="0.0.0.0", keys=digests(["k"])))
+    assert not exposed(Settings(host="::1"))
+    assert exposed(Settings(host="::")) and exposed(Settings(host="::1234"))
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_no_code_runs_for_strangers(unsafe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything listens; own functions and the calculator are the owner's code."""
+    monkeypatch.setattr("signal.signal", lambda *what: None)
+    monkeypatch.setattr(main, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(main, "check", lambda *what: None)
+    monkeypatch.setattr(main, "open_port", lambda listener: pytest.fail("it listens"))
+    here = Settings(host="0.0.0.0", port=0, tools=tuple(find_tools(["python,clock"])), unsafe_python=unsafe)
+    with pytest.raises(UserError, match=r"python for whoever reaches 0\.0\.0\.0 needs a key") as caught:
+        main.serve([], LoadOptions(), here, say=print, ready=print)
+    assert str(caught.value).startswith("flag --unsafe-python" if unsafe else "flag --tools")
+    for fine in ({"keys": digests(["k"])}, {"host": "127.0.0.1"}, {"tools": tuple(find_tools(["clock"]))}):
+        main.check_reach(replace(here, **fine))
 
 
 # ---- connections
