@@ -12,6 +12,7 @@ from kllm.chat.saved import load, path_of, save
 from kllm.chat.settings import OPTIONS, set_option, shown
 from kllm.chat.show import figures, one_line
 from kllm.errors import UserError, harmless
+from kllm.tools.registry import NAMES, find_tools
 
 HELP = """\
 /help              this list
@@ -19,7 +20,7 @@ HELP = """\
 /set [K=V]         show or set a sampling option, e.g. /set temperature=0.2
 /think on|off|auto whether the model thinks first, where its template knows the switch
 /show [WHAT]       prompt, params, tokens or thinking
-/tools             what the model may call
+/tools [NAMES|off] show or change what the model may call, e.g. /tools calculator,python
 /undo              forget the last question and its answer
 /retry             answer the last question again
 /edit              take the last question back into the line to change it
@@ -39,7 +40,7 @@ ARGUMENTS: dict[str, str | list[str]] = {
     "set": [f"{name}=" for name in OPTIONS],
     "think": ["on", "off", "auto"],
     "show": ["prompt", "params", "tokens", "thinking"],
-    "tools": "",
+    "tools": [*NAMES, "off"],
     "undo": "",
     "retry": "",
     "edit": "",
@@ -149,14 +150,16 @@ class Commands:
             raise UserError(f"/show takes prompt, params, tokens or thinking, not {what!r}")
 
     def do_tools(self, rest: str) -> None:
-        """Lists the tools."""
+        """Lists the tools, or offers others from now on."""
+        if rest:
+            self.chat.offer([] if rest == "off" else find_tools(rest.split(), where="/tools"))
         tools = list(self.chat.box.tools.values()) if self.chat.box is not None else []
         for tool in tools:
             self._say(f"{tool.signature}  {tool.description.splitlines()[0]}")
         if self.chat.code:
             self._say("code: the model acts by writing Python, which the sandbox runs")
         elif not tools:
-            self._say("none (kllm chat MODEL --tools calculator,clock,python)")
+            self._say(f"none; there are {', '.join(NAMES)} and module:function")
 
     def do_undo(self, rest: str) -> None:
         """Forgets the last turn."""

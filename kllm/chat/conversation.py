@@ -16,6 +16,7 @@ from kllm.tools import codeact
 from kllm.tools.loop import ROUNDS, SECONDS, Result, ToolLoop
 from kllm.tools.registry import Toolbox
 from kllm.tools.sandbox import Ran
+from kllm.tools.tool import Tool
 
 GRACE = 2.0  # seconds after a limit in which what is limited should end by itself
 
@@ -163,6 +164,22 @@ class Conversation:
         self.unanswered = None
         if self.box is not None:
             self.box.reset()
+
+    def offer(self, tools: Sequence[Tool]) -> None:
+        """Other tools from now on; variables of Python code are gone then.
+
+        Raises:
+            UserError: the model writes code (its functions are fixed), or there is no sandbox for `python`.
+        """
+        if self.code:
+            raise UserError(
+                "the tools of a talk in code are chosen at its start", hint="--codeact --tools ..."
+            )
+        unsafe = self.box is not None and self.box.sandbox is not None and self.box.sandbox.unsafe
+        box = Toolbox(tools, unsafe_python=unsafe) if tools else None
+        if self.box is not None:
+            self.box.close()
+        self.box = box
 
     # -- what the model is shown ---------------------------------------------------------------------
 

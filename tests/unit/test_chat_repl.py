@@ -136,6 +136,21 @@ def test_system_set_think_show_tools_model(capsys: pytest.CaptureFixture[str]) -
     assert model.closed and repl.chat.model is not model
 
 
+def test_tools_are_changed_in_the_middle(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ("hi", "/tools calculator,clock", "sum?", "/tools nothing", "/tools off", "bye")
+    answers = ("hello", call("calculator", {"expression": "1+1"}), "2", "ok")
+    repl, model = repl_of(*answers, lines=lines)
+    repl.run()
+    offered = [[t["function"]["name"] for t in tools or ()] for tools in model.tools]
+    assert offered == [[], ["calculator", "clock"], ["calculator", "clock"], []]
+    said = capsys.readouterr()
+    assert "calculator(expression: str) -> str" in said.out and "none; there are calculator" in said.out
+    assert said.err.startswith("error: /tools: no tool named 'nothing'") and said.err.count("\n") == 1
+    repl.chat.code = True
+    with pytest.raises(UserError, match="chosen at its start"):
+        repl.chat.offer([])
+
+
 @pytest.mark.parametrize(
     "line",
     ["/set temperature=hot", "/set warmth=1", "/set top_p=0", "/set temperature", "/think maybe", "/show me", "/save",
