@@ -15,7 +15,7 @@ from kllm.serve.thread import soon
 from kllm.serve.worker import Job, TookTooLong
 from kllm.tools.loop import Result, ToolLoop
 from kllm.tools.registry import Toolbox, python
-from kllm.tools.tool import Tool, ToolError
+from kllm.tools.tool import Tool, ToolCrash, ToolError
 
 log = logging.getLogger("kllm.serve")
 
@@ -42,19 +42,26 @@ class ServerBox(Toolbox):
             raise ToolError("interrupted")
         try:
             return super().call(name, arguments)
+        except ToolCrash as crash:
+            raise _for_strangers(name, crash.__cause__ or crash) from None
         except ToolError:
             raise
         except KllmError as error:  # no sandbox to be had
             log.error("%s: %s", name, error)
             raise ToolError(f"{name}: {error.message}") from None
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            log.exception("the tool %s failed", name)
-            raise ToolError(f"{name}: {type(error).__name__}") from None
+            raise _for_strangers(name, error) from None
 
     def needs_sandbox(self, calls: list[dict[str, Any]]) -> bool:
         """Whether one of the calls does."""
         tools = [self.tools.get(call["function"]["name"]) for call in calls]
         return any(tool is not None and tool.function is python for tool in tools)
+
+
+def _for_strangers(name: str, error: BaseException) -> ToolError:
+    """What clients are told of an error that a tool did not mean for them; the log has it whole."""
+    log.error("the tool %s failed", name, exc_info=error)
+    return ToolError(f"{name}: {type(error).__name__}")
 
 
 class Errand:

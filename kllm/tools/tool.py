@@ -24,6 +24,13 @@ class ToolError(Exception):
     """A call that went wrong; the message is what the model is told."""
 
 
+class ToolCrash(ToolError):
+    """The function raised what is no ToolError: `__cause__`, whose whole text is in the message.
+
+    That text was written for nobody in particular and may hold paths: show it to the tool's owner only.
+    """
+
+
 @dataclass(frozen=True)
 class Tool:
     """A function that a model may call.
@@ -70,7 +77,8 @@ class Tool:
         """The function's result in the terms of JSON, called as Python calls.
 
         Raises:
-            ToolError: arguments that do not fit, or whatever the function raised.
+            ToolError: arguments that do not fit, or the function raised it.
+            ToolCrash: the function raised something else.
         """
         try:
             bound = inspect.signature(self.function).bind(*args, **kwargs)
@@ -116,7 +124,7 @@ class Tool:
         except ToolError:
             raise
         except (Exception, SystemExit) as error:
-            raise ToolError(f"{self.name}: {type(error).__name__}: {error}") from None
+            raise ToolCrash(f"{self.name}: {type(error).__name__}: {error}") from error
 
 
 def tool_of(function: Callable[..., Any], name: str | None = None, *, where: str = "tool") -> Tool:

@@ -13,6 +13,7 @@ from serve_tool_support import Slow, call, events_of, sums, tool_server
 
 from kllm.serve import toolloop
 from kllm.tokenizer.toolcalls import TOOL_CALL
+from kllm.tools.tool import ToolError, tool_of
 
 server = pytest.fixture(server)
 
@@ -285,5 +286,26 @@ def test_a_tool_cannot_end_the_server() -> None:
 
     with tool_server(call("leave"), "Still here.", tools=[leave]) as box:
         message = box.message("hi")["message"]
-        assert events_of(message)[1][2:] == ("error: leave: SystemExit: 3", True)
+        assert events_of(message)[1][2:] == ("error: leave: SystemExit", True)
         assert message["content"] == "Still here."
+
+
+def test_what_a_tool_stumbles_over_is_for_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A stranger gets the type; what the tool itself says with a ToolError is meant for the model."""
+
+    def boom(kindly: bool) -> str:
+        """Fails."""
+        try:
+            raise RuntimeError("/secret/path")
+        except RuntimeError as error:
+            if kindly:
+                raise ToolError("not today") from error
+            raise
+
+    with tool_server(call("boom", kindly=False), call("boom", kindly=True), "Oh.", tools=[boom]) as box:
+        message = box.message("hi")["message"]
+        results = [event[2] for event in events_of(message) if event[0] == "result"]
+        assert results == ["error: boom: RuntimeError", "error: not today"]
+        assert "/secret" not in box.prompt() and caplog.text.count("RuntimeError: /secret/path") == 1
+    with pytest.raises(ToolError, match="boom: RuntimeError: /secret/path"):  # as in a terminal
+        tool_of(boom).call('{"kindly": false}')
