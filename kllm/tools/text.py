@@ -7,16 +7,17 @@ class Kept:
     """The first and the last half of `limit` bytes of a stream of any length."""
 
     def __init__(self, limit: int) -> None:
-        self.half = max(1, limit // 2)
+        self.last = max(1, limit // 2)
+        self.first = max(1, limit - self.last)
         self.head = b""
         self.tail = b""
         self.total = 0
 
     def add(self, chunk: bytes) -> None:
         self.total += len(chunk)
-        room = self.half - len(self.head)
+        room = self.first - len(self.head)
         self.head += chunk[:room]
-        self.tail = (self.tail + chunk[room:])[-self.half :]
+        self.tail = (self.tail + chunk[room:])[-self.last :]
 
     def text(self) -> str:
         """As UTF-8, with a line that says how much was cut, if anything was."""
