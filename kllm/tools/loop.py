@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,27 @@ class Result:
         return {"role": "tool", "tool_call_id": self.id, "name": self.name, "content": self.text}
 
 
+def _meant(name: str, arguments: str) -> tuple[str, str]:
+    """A call as it is compared with the one before: how it is spaced and ordered makes no difference."""
+    try:
+        given = _unspaced(json.loads(arguments or "{}"), name == "calculator")
+        return name, json.dumps(given, sort_keys=True)
+    except (ValueError, RecursionError):  # no JSON, which the tool will say
+        return name, arguments.strip()
+
+
+def _unspaced(value: Any, sum_: bool) -> Any:
+    """`value` with its texts stripped; those of a sum have their tokens one space apart."""
+    match value:
+        case str():
+            return " ".join(re.findall(r"\*\*|//|[\w.]+|\S", value)) if sum_ else value.strip()
+        case list():
+            return [_unspaced(one, sum_) for one in value]
+        case dict():
+            return {key: _unspaced(one, sum_) for key, one in value.items()}
+    return value
+
+
 class ToolLoop:
     """Runs the calls of one question's answers, round by round, within limits.
 
@@ -72,9 +95,10 @@ class ToolLoop:
     ) -> list[Result]:
         """Runs a message's `tool_calls`, in order; every one gets a result."""
         wanted = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-        if wanted == self._last:
+        meant = [_meant(name, arguments) for name, arguments in wanted]
+        if meant == self._last:
             self.ended = "the same call twice in a row"
-        self._last = wanted
+        self._last = meant
         results = []
         for call, (name, arguments) in zip(calls, wanted, strict=True):
             result = self._one(call["id"], name, arguments)

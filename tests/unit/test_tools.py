@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kllm.errors import KllmError, UserError
@@ -276,6 +276,32 @@ def test_the_same_calls_twice_in_a_row_are_not_run_again() -> None:
     assert loop.ended is not None and "twice" in loop.ended
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second", "same"),
+    [
+        ("calculator", '{"expression": "1+1"}', '{"expression":" 1 + 1 "}', True),
+        ("calculator", '{"expression": "2**3//4"}', '{"expression": "2 ** 3 // 4"}', True),
+        ("calculator", '{"expression": "1 000*2"}', '{"expression": "1000*2"}', False),  # a correction
+        ("calculator", '{"expression": "2* *3"}', '{"expression": "2**3"}', False),
+        ("calculator", '{"expression": "1+1"}', '{"expression": "1+2"}', False),
+        ("weather", '{"city": "x", "days": 2}', '{ "days":2,"city":"x" }', True),
+        ("weather", '{"city": "x"}', '{"city": " x\\n"}', True),
+        ("weather", '{"city": "New York"}', '{"city": "NewYork"}', False),
+        ("weather", '{"city": "\\u0058"}', '{"city": "X"}', True),
+        ("weather", "", "{}", True),
+        ("weather", "{city: x}", " {city: x}\n", True),
+        ("weather", "{city: x}", "{city: y}", False),
+        ("weather", '{"city": {"a": ["b "]}}', '{"city": {"a": ["b"]}}', True),
+        ("weather", "[" * 100_000, "[" * 100_001, False),
+    ],
+)
+def test_a_call_is_the_same_however_it_is_written(name: str, first: str, second: str, same: bool) -> None:
+    loop = ToolLoop(Toolbox([*find_tools(["calculator"]), tool_of(weather)]))
+    for arguments in (first, second):
+        loop.run([{"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}])
+    assert (loop.ended is not None) == same
+
+
 def test_rounds_and_seconds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(100))
 
@@ -314,6 +340,7 @@ def test_long_results_are_cut_in_the_middle() -> None:
 
 
 @given(st.text(max_size=300), st.integers(10, 200))
+@example("x" * 23, 23)
 def test_clipped_keeps_both_ends(text: str, most: int) -> None:
     short = clipped(text, most)
     if len(text.encode("utf-8", "replace")) <= most:
