@@ -80,7 +80,7 @@ def _module(name: str, where: str) -> ModuleType:
         raise UserError("no such file", where=f"{where}, {name}")
     folder = path.resolve().parent if name.endswith(".py") else Path.cwd()
     if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))  # for what it imports from beside it
+        sys.path.append(str(folder))  # for what lies beside it; last, or a timeit.py there would be torch's
     try:
         return _from_file(path.resolve()) if name.endswith(".py") else importlib.import_module(name)
     except (Exception, SystemExit) as error:
@@ -93,7 +93,7 @@ def _from_file(path: Path) -> ModuleType:
     known = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == str(path)]
     if known:
         return known[0]
-    name = path.stem if path.stem not in sys.modules else f"{path.stem}_{len(sys.modules)}"
+    name = f"{path.stem}_{len(sys.modules)}" if _is_taken(path.stem, path) else path.stem
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it is a file and ends in .py
     module = importlib.util.module_from_spec(spec)
@@ -104,6 +104,17 @@ def _from_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _is_taken(name: str, path: Path) -> bool:
+    """Whether others that import `name` mean another module than this file's."""
+    if name in sys.modules:
+        return True
+    try:
+        there = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return there is not None and there.origin != str(path)
 
 
 class Toolbox:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -189,6 +191,22 @@ def test_a_module_that_fails_to_import_is_one_line(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UserError, match=said):
             find_tools([f"{file}:f"])
+
+
+def test_what_lies_beside_a_tool_takes_no_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by its folder nor as the tool's own module: torch imports timeit."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_it.py").write_text("STEP = 2\n")
+    source = 'from beside_it import STEP\ndef f() -> int:\n    """Steps."""\n    return STEP\n'
+    real = {"timeit": "Timer", "sched": "scheduler"}
+    for name in ("steps_of_mine", *real):
+        (tmp_path / f"{name}.py").write_text(source)
+    for tool in ("steps_of_mine", "sched", "timeit"):
+        for name in real:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        assert find_tools([f"{tmp_path / tool}.py:f"])[0].call("{}") == "2"
+        for name, known in real.items():
+            assert hasattr(importlib.import_module(name), known)
 
 
 def test_a_file_is_run_once_and_may_have_dataclasses_and_neighbours(tmp_path: Path) -> None:
