@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from kllm.errors import KllmError
+from kllm.serve.body import MAX_DEPTH, nesting
 from kllm.serve.stay import Stay
 from kllm.serve.thread import soon
 from kllm.serve.worker import Job, TookTooLong
@@ -31,15 +32,22 @@ class ServerBox(Toolbox):
 
     Attributes:
         stopped: set it, and what runs ends soon.
+        python_busy: there is no sandbox to be had now; set between two errands.
+        declined: the newest call was not run for that.
     """
 
     def __init__(self, tools: Sequence[Tool], unsafe_python: bool, ended: Callable[[], bool]) -> None:
-        self.stopped = False
+        self.stopped = self.python_busy = self.declined = False
         super().__init__(tools, unsafe_python=unsafe_python, interrupted=lambda: self.stopped or ended())
 
     def call(self, name: str, arguments: str) -> str:
         if self.interrupted is not None and self.interrupted():
             raise ToolError("interrupted")
+        self.declined = self.python_busy and self._is_python(name)
+        if self.declined:
+            raise ToolError("not run: python is busy")
+        if too_deep(arguments):
+            raise ToolError(f"{name}: the arguments are nested deeper than {MAX_DEPTH}")
         try:
             return super().call(name, arguments)
         except ToolCrash as crash:
@@ -54,8 +62,16 @@ class ServerBox(Toolbox):
 
     def needs_sandbox(self, calls: list[dict[str, Any]]) -> bool:
         """Whether one of the calls does."""
-        tools = [self.tools.get(call["function"]["name"]) for call in calls]
-        return any(tool is not None and tool.function is python for tool in tools)
+        return any(self._is_python(call["function"]["name"]) for call in calls)
+
+    def _is_python(self, name: str) -> bool:
+        tool = self.tools.get(name)
+        return tool is not None and tool.function is python
+
+
+def too_deep(arguments: str) -> bool:
+    """Whether no request may have such arguments in its messages: the next round could not be asked."""
+    return nesting(arguments.encode("utf-8", "replace")) > MAX_DEPTH
 
 
 def _for_strangers(name: str, error: BaseException) -> ToolError:
@@ -69,13 +85,17 @@ class Errand:
 
     Args:
         loop: runs them; only the errand's thread uses it until `results` has ended.
+        box: the loop's.
         calls: the message's `tool_calls`.
+        over: called on the event loop when the errand's thread has ended, however late that is.
     """
 
-    def __init__(self, loop: ToolLoop, calls: list[dict[str, Any]]) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(
+        self, loop: ToolLoop, box: ServerBox, calls: list[dict[str, Any]], over: Callable[[], None]
+    ) -> None:
+        self._loop, self._over = asyncio.get_running_loop(), over
         self._came: asyncio.Queue[tuple[Result, str] | Exception | None] = asyncio.Queue()
-        self._job = Job(self._work, (loop, calls), {})
+        self._job = Job(self._work, (loop, box, calls), {})
         # No pool: a function that never comes back must hold up neither other calls nor the server's end.
         self._thread = threading.Thread(target=self._run, name="kllm-tool", daemon=True)
 
@@ -87,7 +107,11 @@ class Errand:
             TookTooLong: not all were there after `seconds`.
         """
         end = time.monotonic() + seconds
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has none left
+            self._over()
+            raise
         while True:
             item = await stay.wait(self._came.get(), max(0.0, end - time.monotonic()))
             if item is None:
@@ -112,9 +136,10 @@ class Errand:
 
         threading.Thread(target=wait, name="kllm-tool-end", daemon=True).start()
 
-    def _work(self, loop: ToolLoop, calls: list[dict[str, Any]]) -> None:
+    def _work(self, loop: ToolLoop, box: ServerBox, calls: list[dict[str, Any]]) -> None:
         def say(result: Result) -> None:
-            outcome = "not_run" if loop.ended is not None else "error" if result.error else "ok"
+            not_run = loop.ended is not None or box.declined
+            outcome = "not_run" if not_run else "error" if result.error else "ok"
             soon(self._loop, self._came.put_nowait, (result, outcome))
 
         loop.run(calls, say)
@@ -127,4 +152,6 @@ class Errand:
             pass
         except Exception as error:
             failure = error
+        finally:
+            soon(self._loop, self._over)
         soon(self._loop, self._came.put_nowait, failure)

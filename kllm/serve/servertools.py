@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kllm.serve.job import ChatRequest
     from kllm.tools.tool import Tool
 
+_THREADS = 16  # for tools that are no python
+
 
 class ServerToolFields(ConversationFields):
     """A conversation, and which of the server's own tools the model may call in it."""
@@ -40,11 +42,14 @@ class ServerTools:
 
     Attributes:
         places: one for each sandbox.
+        threads: one for each message whose calls are run. A tool that hangs keeps its own after its client
+            has left: they must not become many.
     """
 
     def __init__(self, tools: Sequence[Tool] = (), unsafe_python: bool = False, sandboxes: int = 4) -> None:
         self.unsafe_python = unsafe_python
         self.places = asyncio.Semaphore(sandboxes)
+        self.threads = asyncio.Semaphore(sandboxes + _THREADS)
         self._tools = {tool.name: tool for tool in tools}
 
     def named(self, server_tools: bool | list[str] | None) -> list[Tool]:

@@ -8,20 +8,19 @@ sum of what the rounds took, its reason the last round's. What was called and wh
 
 from __future__ import annotations
 
-import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from kllm.engine.answer import Answer, delta_of, message_of, usage_of
-from kllm.serve.errand import Errand, ServerBox
+from kllm.serve.calling import Caller
+from kllm.serve.errand import ServerBox, too_deep
 from kllm.serve.errors import ApiError
 from kllm.serve.job import ChatJob, ChatRequest, chunk, chunks_of, end_of, prepared
 from kllm.serve.sse import event
-from kllm.serve.thread import soon
-from kllm.serve.worker import TookTooLong
 from kllm.tokenizer.parts import Part
-from kllm.tools.loop import SECONDS, Result, ToolLoop
+from kllm.tools.loop import Result
 
 if TYPE_CHECKING:
     from kllm.serve.registry import Served
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
     from kllm.tools.tool import Tool
 
 _BETWEEN = "\n\n"  # the texts of two rounds
-_LATE = 2.0  # seconds after the time for tools in which the loop itself should say that it is over
-_UNKNOWN = "unknown"  # the label of tools that a model made up
+log = logging.getLogger("kllm.serve")
 
 
 class Rounds:
@@ -43,28 +41,17 @@ class Rounds:
         body: the request, with the tools that it gets.
         job: its first round.
         settings: of the server.
-        tools: of the server.
-        box: those of the request.
+        caller: runs the calls.
         stay: its place.
     """
 
     def __init__(
-        self,
-        body: ChatRequest,
-        job: ChatJob,
-        settings: Settings,
-        tools: ServerTools,
-        box: ServerBox,
-        stay: Stay,
+        self, body: ChatRequest, job: ChatJob, settings: Settings, caller: Caller, stay: Stay
     ) -> None:
-        self._body, self._job, self._settings = body, job, settings
-        self._tools, self._box, self._stay = tools, box, stay
+        self._body, self._job, self._settings, self._stay = body, job, settings, stay
         self._head = job.head
         self._budget = body.max_completion_tokens or body.max_tokens
-        self._loop = ToolLoop(box)
-        self._errand: Errand | None = None
-        self._has_place = False  # for a sandbox
-        self._spent = 0.0  # seconds in tools
+        self._caller = caller
         self._answers: list[Answer] = []
         self._prompt_tokens = 0
         self._last_said: dict[str, int] = {}  # field of the message -> round
@@ -84,7 +71,7 @@ class Rounds:
         stay = served.runtime.admit(served.adapter)
         try:
             box = ServerBox(chosen, tools.unsafe_python, lambda: stay.ended)
-            return cls(body, job, settings, tools, box, stay)
+            return cls(body, job, settings, Caller(box, tools, stay, served.metrics), stay)
         except BaseException:
             stay.cancel()
             raise
@@ -148,18 +135,19 @@ class Rounds:
                 message = message_of(parts, "reasoning_content")
                 if "tool_calls" not in message:
                     break
-                async with aclosing(self._results(message["tool_calls"])) as results:
+                refusal = "not finished: the answer has no tokens left" if self._left() == 0 else None
+                async with aclosing(self._caller.results(message["tool_calls"], refusal)) as results:
                     told = []
                     async for result in results:
                         told.append(result.message())
                         yield [chunk(0, {"tool_events": [_event(result)]})]
-                if not await self._go_on([message, *told]):
+                if not await self._go_on([_acceptable(message), *told]):
                     reason = "length"
                     break
             yield [chunk(0, {}, reason)]
         finally:
             self._stay.cancel()
-            self._leave_tools()
+            self._caller.leave()
 
     def _ask(self, job: ChatJob) -> Ticket:
         ticket = job.submit(self._stay)
@@ -169,27 +157,36 @@ class Rounds:
         return ticket
 
     async def _go_on(self, messages: list[dict[str, Any]]) -> bool:
-        """Begins the next round, after the last one's `messages`; whether there is room for its answer."""
+        """Begins the next round, after the last one's `messages`; False if there can be none.
+
+        Raises:
+            ApiError, ClientGone: the request has ended.
+        """
         changes: dict[str, Any] = {"messages": [*self._body.messages, *messages]}
         left = self._left()
         if left is not None:
-            if left < 1:
+            if left == 0:
                 return False
             changes["max_completion_tokens"] = left
-        if self._loop.ended is not None:
+        if self._caller.ended:
             changes["tool_choice"] = "none"
         self._body = self._body.model_copy(update=changes)
         try:
             self._ticket = self._ask(await prepared(self._body, self._job.served, self._settings))
         except ApiError as error:
-            if error.code == "context_length_exceeded":
-                return False
-            raise
+            if error.status != 400:
+                raise
+            # The client's messages were fine: what is wrong is what the model and its tools made of them.
+            if error.code != "context_length_exceeded":
+                log.warning("an answer ends after its calls: %s", error.message)
+            return False
         return True
 
     def _left(self) -> int | None:
         """How many tokens the rounds to come may have together."""
-        return None if self._budget is None else self._budget - sum(one.tokens for one in self._answers)
+        if self._budget is None:
+            return None
+        return max(0, self._budget - sum(one.tokens for one in self._answers))
 
     def _deltas(self, parts: list[Part]) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
@@ -211,61 +208,16 @@ class Rounds:
         self._last_said[field] = now
         return {field: _BETWEEN + text} if before < now else delta
 
-    async def _results(self, calls: list[dict[str, Any]]) -> AsyncGenerator[Result, None]:
-        """Runs the calls; each gets a result."""
-        left = self._left()
-        waiting = {call["id"]: call["function"]["name"] for call in calls}
-        if left is not None and left < 1:
-            why = "the answer has no tokens left"
-        else:
-            await self._take_place(calls)
-            self._errand = Errand(self._loop, calls)
-            patience = max(SECONDS - self._spent, 0.0) + _LATE
-            try:
-                async with aclosing(self._errand.results(self._stay, patience)) as results:
-                    async for result, outcome in results:
-                        self._spent += result.seconds
-                        self._count(waiting.pop(result.id), outcome)
-                        yield result
-            except TookTooLong:
-                self._loop.ended = f"the tools took more than {SECONDS:g} s"
-                self._leave_tools()
-            why = self._loop.ended or "the tools ended"
-        for number, name in waiting.items():
-            self._count(name, "not_run")
-            yield Result(number, name, f"error: not finished: {why}", True, 0.0)
 
-    def _count(self, name: str, outcome: str) -> None:
-        tool = name if name in self._box.tools else _UNKNOWN
-        self._job.served.metrics.tool_calls[tool, outcome] += 1
-
-    async def _take_place(self, calls: list[dict[str, Any]]) -> None:
-        """Waits until one more sandbox is allowed, if the calls need the request's first."""
-        if self._has_place or not self._box.needs_sandbox(calls):
-            return
-        places = self._tools.places
-        taken = asyncio.ensure_future(places.acquire())
-        try:
-            await self._stay.wait(taken)
-            self._has_place = True
-        finally:
-            if not self._has_place and taken.done() and not taken.cancelled():
-                places.release()
-
-    def _leave_tools(self) -> None:
-        """Ends what runs; once it has, the sandbox is gone and its place free. No call is run any more."""
-        self._box.stopped = True
-        errand, self._errand = self._errand, None
-        has_place, self._has_place = self._has_place, False
-        places, events = self._tools.places, asyncio.get_running_loop()
-
-        def end() -> None:
-            self._box.close()
-            if has_place:
-                soon(events, places.release)
-
-        if errand is not None:
-            errand.leave(end)
+def _acceptable(message: dict[str, Any]) -> dict[str, Any]:
+    """The model's message as one that may be among a request's: what was too deep to be run is left out."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": "{}"}}
+        if too_deep(call["function"]["arguments"])
+        else call
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _event(result: Result) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from serve_scripted import CALL, TOOL, chunks_of, joined, says, tokenizer
 from serve_scripted import fresh_server as server
 from serve_tool_support import Slow, call, events_of, sums, tool_server
 
-from kllm.serve import toolloop
+from kllm.serve import calling
 from kllm.tokenizer.toolcalls import TOOL_CALL
 from kllm.tools.tool import ToolError, tool_of
 
@@ -160,6 +160,41 @@ def test_a_full_context_ends_it_with_what_there_is() -> None:
         assert len(box.engine.asked) == 1 and box.runtime.in_flight == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_model_writes_is_no_fault_of_the_client(stream: bool) -> None:
+    """Arguments nested deeper than a request may have them: an error for the model, not a 400."""
+    deep: Any = 1
+    for _ in range(130):
+        deep = [deep]
+    with tool_server(call(expression=deep), sums("6*7"), "It is 42.") as box:
+        response = box.chat("hi", stream=stream)
+        if stream:
+            assert joined(chunks_of(response))["content"] == "It is 42."
+            return
+        message = response.json()["choices"][0]["message"]
+        (told, _), results = events_of(message)[0][::2], events_of(message)[1::2]
+        assert told == "call" and message["content"] == "It is 42."
+        assert [event[2:] for event in results] == [
+            ("error: calculator: the arguments are nested deeper than 128", True), ("42", False),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_that_cannot_go_on_ends(stream: bool) -> None:
+    """There is room for the client's messages, and none for what the tools add to them."""
+    many = [{"role": "user", "content": ""}] * 2047
+    with tool_server("So: " + sums("6*7"), "never", context=99_999) as box:
+        response = box.chat(*many, stream=stream)
+        choice = (
+            {"finish_reason": joined(chunks_of(response))["reason"]}
+            if stream
+            else response.json()["choices"][0]
+        )
+        assert choice["finish_reason"] == "length" and len(box.engine.asked) == 1
+        assert stream or events_of(choice["message"])[1][2] == "42"
+        assert box.runtime.in_flight == 0
+
+
 def test_a_stop_string_holds_in_every_round() -> None:
     with tool_server("the " + sums("1+1"), "a mat. a cat.") as box:
         choice = box.message("hi", stop=["cat"])
@@ -267,8 +302,8 @@ async def _openapi(app: Any) -> httpx.Response:
 
 
 def test_a_slow_tool_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolloop, "SECONDS", 0.1)
-    monkeypatch.setattr(toolloop, "_LATE", 0.1)
+    monkeypatch.setattr(calling, "SECONDS", 0.1)
+    monkeypatch.setattr(calling, "_LATE", 0.1)
     monkeypatch.setattr("kllm.serve.errand._GRACE", 0.1)
     slow = Slow()
     with tool_server(call("wait") + sums("1+1"), "Never mind.", tools=[slow.tool(), "calculator"]) as box:

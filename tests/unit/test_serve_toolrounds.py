@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -211,7 +212,62 @@ def test_every_toolbox_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_that_hangs_keeps_its_thread(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client has left; others must not add to it until it really is over."""
+    monkeypatch.setattr("kllm.serve.errand._GRACE", 0.02)
+    monkeypatch.setattr("kllm.serve.calling._BURST", 0.05)
+    running, let_go = threading.Event(), threading.Event()
+
+    def hang() -> str:
+        """Cannot be thrown out."""
+        running.set()
+        let_go.wait(20)
+        return "over"
+
+    async def work() -> None:
+        with tool_server(call("hang") + sums("1+1"), "done", tools=[hang, "calculator"]) as box:
+            box.app.state.tools.threads = asyncio.Semaphore(1)
+            client = Client(box, stream=stream)
+            await happened(running)
+            client.leave()
+            await asyncio.wait([client.task], timeout=10)
+            await asyncio.sleep(0.2)  # it has been told and thrown at
+            message = (await Client(box).answer())["choices"][0]["message"]
+            assert [event[2:] for event in events_of(message)[2:]] == [
+                ("error: not run: the tools are busy", True)
+            ] * 2
+            assert message["content"] == "done"
+            assert box.served.metrics.tool_calls["hang", "not_run"] == 1
+            let_go.set()
+            await settled(lambda: box.app.state.tools.threads._value == 1)
+            message = (await Client(box).answer())["choices"][0]["message"]
+            assert [event[2] for event in events_of(message)[2:]] == ["over", "2"]
+
+    asyncio.run(work())
+
+
 # ---- python
+
+
+def test_nobody_waits_for_a_sandbox_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kllm.serve.calling.SECONDS", 0.2)
+
+    async def work() -> None:
+        said = [python("1") + sums("1+1"), python("2"), "done"]
+        tools = ["python", "calculator"]
+        with tool_server(*said, tools=tools, max_sandboxes=1, unsafe_python=True) as box:
+            await box.app.state.tools.places.acquire()
+            began = time.monotonic()
+            message = (await Client(box).answer())["choices"][0]["message"]
+            results = [event[2] for event in events_of(message) if event[0] == "result"]
+            busy = "error: not run: python is busy"
+            assert results == [busy, "2", busy] and message["content"] == "done"
+            assert time.monotonic() - began < 5
+            assert box.served.metrics.tool_calls["python", "not_run"] == 2
+            box.app.state.tools.places.release()
+
+    asyncio.run(work())
 
 
 @pytest.fixture
