@@ -17,6 +17,7 @@ from collections.abc import Callable
 from kllm.tokenizer.parts import Mark, Part
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
+_BETWEEN = "\n\n"  # two texts with a call between them
 _LONE = re.compile("[\ud800-\udfff]")  # half a character, which a model may spell in an escape
 _ALPHABET = string.ascii_letters + string.digits
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
@@ -50,7 +51,8 @@ def read_call(text: str) -> tuple[str, str] | None:
 class ToolCallParser:
     """Cuts an answer's content, given as text and marks, into text and tool calls.
 
-    White space around a call belongs to neither. However the content is cut, the parts add up the same.
+    White space around a call belongs to neither; text after a call is set off from the text before it.
+    However the content is cut, the parts add up the same.
 
     Args:
         guaranteed: a grammar makes the calls, so their arguments may go out as they come.
@@ -66,7 +68,7 @@ class ToolCallParser:
         self._held = ""  # white space that may stand before a call, or the text of a call
         self._gap = ""  # white space before the call, for the case that it is none
         self._json = _JsonEnd()
-        self._after_call = False
+        self._after_call = self._said = False
         self.calls = 0
         """How many calls came out."""
 
@@ -100,10 +102,13 @@ class ToolCallParser:
         text = self._held + text
         safe = text.rstrip()
         self._held = text[len(safe) :]
-        if safe:
-            self._after_call = False
-            return [Part("content", safe)]
-        return []
+        return [self._say(safe)] if safe else []
+
+    def _say(self, text: str) -> Part:
+        """Text is content; "thinking <call> after" must not become "thinkingafter"."""
+        between = _BETWEEN if self._after_call and self._said else ""
+        self._after_call, self._said = False, True
+        return Part("content", between + text)
 
     def _call(self, text: str) -> list[Part]:
         self._held += text
@@ -126,8 +131,8 @@ class ToolCallParser:
         inner, self._held = self._held, ""
         call = read_call(inner)
         if call is None:
-            self._state, self._after_call = "text", False
-            return [Part("content", self._gap + TOOL_CALL + inner + mark)]
+            self._state = "text"
+            return [self._say(self._gap + TOOL_CALL + inner + mark)]
         self._close()
         return [self._begin(call[0]), Part("arguments", call[1], self.calls - 1)]
 

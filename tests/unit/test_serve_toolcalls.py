@@ -14,6 +14,8 @@ from serve_scripted import CALL
 from kllm.tokenizer.parts import Lexer, Part, merged
 from kllm.tokenizer.toolcalls import END_TOOL_CALL, TOOL_CALL, ToolCallParser, new_call_id, read_call
 
+F = ("f", '{"x": 1}')
+
 
 def parse(text: str, cuts: tuple[int, ...] = (), **options: Any) -> list[Part]:
     """The parts of `text`, neighbours joined; ids are call_0, call_1, ..."""
@@ -52,6 +54,9 @@ def plain(parts: list[Part]) -> list[Any]:
         (CALL + "\nDone. ", [("f", '{"x": 1}'), "Done. "]),
         (CALL.removesuffix("</tool_call>"), [("f", '{"x": 1}')]),
         ('<tool_call>{"name":"f","arguments":"{\\"x\\":\\"猫\\"}"}</tool_call>', [("f", '{"x": "猫"}')]),
+        ("a " + CALL + " b\n" + CALL + CALL + "c " + CALL, ["a", F, "\n\nb", F, F, "\n\nc", F]),
+        ("a" + CALL + "<tool_call>no</tool_call>b", ["a", F, "\n\n<tool_call>no</tool_call>b"]),
+        ("a" + CALL + " \n", ["a", F]),
         ('<tool_call>{"name":"f"}</tool_call>', [("f", "{}")]),
         ('<tool_call>{"name":"f","parameters":{"y":[]}}</tool_call>', [("f", '{"y": []}')]),
         ("no call  ", ["no call  "]),
