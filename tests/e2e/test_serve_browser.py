@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from browser_window import FAINT, NAMELESS, Chat, until
 from playwright.sync_api import sync_playwright
 from serve_client import server
 from serve_page_support import HOSTILE, Fake, serving
+
+from kllm.chat.conversation import Conversation, Turn
+from kllm.chat.saved import save
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium here")
@@ -176,6 +180,35 @@ def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
     plain.write_text("not JSON")
     page.set_input_files("#import-file", plain)
     page.wait_for_selector(".toast:has-text('no conversation')")
+
+
+def test_a_conversation_saved_in_the_terminal_goes_on_here(chat: Chat, fake: Fake, tmp_path: Path) -> None:
+    called = {
+        "id": "c0",
+        "type": "function",
+        "function": {"name": "calculator", "arguments": '{"expression": "6*7"}'},
+    }
+    talk = Conversation(SimpleNamespace(name="m"), system="Be brief.")  # type: ignore[arg-type]
+    talk.turns.append(
+        Turn(
+            [
+                {"role": "user", "content": "6 times 7?"},
+                {"role": "assistant", "content": "", "tool_calls": [called]},
+                {"role": "tool", "tool_call_id": "c0", "name": "calculator", "content": "42"},
+                {"role": "assistant", "content": "It is 42."},
+            ]
+        )
+    )
+    save(talk, tmp_path / "talk.json")
+    chat.page.set_input_files("#import-file", tmp_path / "talk.json")
+    until(lambda: chat.page.locator(".chat").count() == 1)
+    chat.page.locator(".chat").click()
+    until(lambda: chat.answer == "It is 42.")
+    assert chat.text(".call h3") == "calculator" and "42" in chat.text(".call")
+    chat.ask("and then?")
+    sent = fake.requests[-1]["messages"]
+    assert [m["role"] for m in sent] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    assert sent[2]["tool_calls"] == [called] and sent[3]["tool_call_id"] == "c0"
 
 
 def test_settings_reach_the_request_and_stay(chat: Chat, fake: Fake) -> None:
