@@ -27,7 +27,7 @@ HELP = """\
 /clear             forget the whole conversation
 /save FILE         write the conversation: OpenAI messages, which the page and training read
 /load FILE         go on with a conversation of a file
-/model NAME        talk to another model, about the same
+/model [NAME]      show the model, or talk to another one about the same
 /stats             tokens, context and speed
 /quit              leave (Ctrl-D too)
 //text             say "/text" to the model
@@ -213,7 +213,10 @@ class Commands:
             other = self._open_model(rest)
             self.chat.model.close()
             self.chat.model = other
-        self._say(f"{self.chat.model.name}: {self.chat.model.describe()}")
+        model = self.chat.model
+        self._say(f"{model.name}: {model.describe()}")
+        if not rest and len(model.names) > 1:
+            self._say(f"there: {', '.join(map(harmless, model.names))}")
 
     def do_stats(self, rest: str) -> None:
         """Tokens, context and speed."""

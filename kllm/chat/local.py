@@ -43,6 +43,7 @@ class LocalModel:
     ) -> None:
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
         self.context: int | None = engine.max_context
+        self.names: tuple[str, ...] = ()
         self._base = base or SamplingParams()
         self.encoder = None if raw else _encoder(tokenizer, name)
 

@@ -75,6 +75,8 @@ class ChatModel(Protocol):
     name: str
     context: int | None
     """Most tokens of prompt and answer; None if nobody says."""
+    names: tuple[str, ...]
+    """The models at the same place, if it has several."""
 
     def describe(self) -> str:
         """One line: what it is."""

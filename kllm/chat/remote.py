@@ -41,6 +41,7 @@ class RemoteModel:
         self._target = Target.parse(url, key, where="flag --base-url").versioned()
         self.context: int | None = None
         rows = self._listed()
+        self.names = tuple(rows)
         self.name = model or self._only(list(rows))
         if rows and self.name not in rows:
             hint = f"it lists {_some(list(rows))}"

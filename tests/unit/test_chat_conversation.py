@@ -25,7 +25,7 @@ from kllm.tools.tool import tool_of
 class FakeModel:
     """Says what it is told to: texts, lists of parts, or exceptions to raise."""
 
-    name, context = "fake", 1000
+    name, context, names = "fake", 1000, ()
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)

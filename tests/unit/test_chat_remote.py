@@ -251,7 +251,8 @@ def test_nobody_there_a_wrong_key_and_no_such_model() -> None:
             RemoteModel(server.url)
         with pytest.raises(KllmError, match="no model named 'c' .it lists a, b"):
             RemoteModel(server.url, model="c")
-        assert RemoteModel(server.url, model="b").name == "b"
+        model = RemoteModel(server.url, model="b")
+        assert (model.name, model.names) == ("b", ("a", "b"))
 
 
 def test_a_prompt_that_cannot_be_seen() -> None:

@@ -136,6 +136,13 @@ def test_system_set_think_show_tools_model(capsys: pytest.CaptureFixture[str]) -
     assert model.closed and repl.chat.model is not model
 
 
+def test_model_lists_those_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    repl, model = repl_of(lines=("/model",))
+    model.names = ("fake", "other")
+    repl.run()
+    assert capsys.readouterr().out.strip().endswith("there: fake, other")
+
+
 def test_tools_are_changed_in_the_middle(capsys: pytest.CaptureFixture[str]) -> None:
     lines = ("hi", "/tools calculator,clock", "sum?", "/tools nothing", "/tools off", "bye")
     answers = ("hello", call("calculator", {"expression": "1+1"}), "2", "ok")
