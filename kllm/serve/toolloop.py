@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kllm.engine.answer import Answer, delta_of, message_of, usage_of
+from kllm.engine.answer import delta_of, message_of, usage_of
 from kllm.serve.calling import Caller
 from kllm.serve.errand import ServerBox, too_deep
 from kllm.serve.errors import ApiError
 from kllm.serve.job import ChatJob, ChatRequest, chunk, chunks_of, end_of, prepared
+from kllm.serve.roundanswer import RoundAnswer, taken, without_stops
 from kllm.serve.sse import event
 from kllm.tokenizer.parts import Part
 from kllm.tools.loop import Result
@@ -52,7 +54,7 @@ class Rounds:
         self._head = job.head
         self._budget = body.max_completion_tokens or body.max_tokens
         self._caller = caller
-        self._answers: list[Answer] = []
+        self._answers: list[RoundAnswer] = []
         self._prompt_tokens = 0
         self._last_said: dict[str, int] = {}  # field of the message -> round
         self._ticket = self._ask(job)
@@ -128,19 +130,24 @@ class Rounds:
                 answer, parts = self._answers[-1], list[Part]()
                 async with aclosing(self._ticket.batches()) as batches:
                     async for batch in batches:
-                        fresh = [part for _, news in batch for part in answer.take(news)]
+                        fresh = taken(answer, batch)
                         parts += fresh
                         yield chunks_of(self._job, 0, answer, self._deltas(fresh))
+                        if answer.stopped:
+                            break
                 reason = end_of(answer)
                 message = message_of(parts, "reasoning_content")
                 if "tool_calls" not in message:
                     break
-                refusal = "not finished: the answer has no tokens left" if self._left() == 0 else None
+                refusal = self._refusal(answer)
                 async with aclosing(self._caller.results(message["tool_calls"], refusal)) as results:
                     told = []
                     async for result in results:
                         told.append(result.message())
                         yield [chunk(0, {"tool_events": [_event(result)]})]
+                if answer.stopped:
+                    reason = "stop"
+                    break
                 if not await self._go_on([_acceptable(message), *told]):
                     reason = "length"
                     break
@@ -150,9 +157,10 @@ class Rounds:
             self._caller.leave()
 
     def _ask(self, job: ChatJob) -> Ticket:
+        params, answer = without_stops(job.params[0], job.reading)
+        self._job = job = replace(job, params=[params])
         ticket = job.submit(self._stay)
-        self._job = job
-        self._answers += job.answers()
+        self._answers.append(answer)
         self._prompt_tokens += len(job.ids)
         return ticket
 
@@ -181,6 +189,12 @@ class Rounds:
                 log.warning("an answer ends after its calls: %s", error.message)
             return False
         return True
+
+    def _refusal(self, answer: RoundAnswer) -> str | None:
+        """Why its calls are not run; None if they are."""
+        if answer.stopped:
+            return "not run: the answer has ended"
+        return "not finished: the answer has no tokens left" if self._left() == 0 else None
 
     def _left(self) -> int | None:
         """How many tokens the rounds to come may have together."""
