@@ -42,8 +42,9 @@ async def chat_completions(request: Request) -> Any:
     body = await parsed(request, ChatRequest)
     state = request.app.state
     served = state.registry.get(body.model)
-    tools = state.tools.wanted(body)
-    if tools:
+    tools = state.tools.shown_to(body)
+    body = state.tools.added_to(body)
+    if tools and body.tool_choice != "none":
         rounds = await Rounds.begin(body, served, state.settings, state.tools, tools)
         if body.stream:
             return EventStream(rounds.stream(body.include_usage), rounds.cancel)

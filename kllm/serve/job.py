@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field
 
 from kllm.engine.answer import Answer, Reading
 from kllm.errors import UserError
@@ -16,8 +16,8 @@ from kllm.serve.fields import Flag, Integer, SamplingFields, room
 from kllm.serve.logprobs import chat_entry
 from kllm.serve.prompt import SECONDS, rendered
 from kllm.serve.servertools import ServerToolFields
-from kllm.serve.structured import Grammar, StructuredFields, compiled
-from kllm.serve.tools import CHOICE_SCHEMA, ToolPlan, tool_plan
+from kllm.serve.structured import Grammar, compiled
+from kllm.serve.tools import ToolPlan, tool_plan
 from kllm.serve.worker import TookTooLong, limited
 from kllm.tokenizer.thinking import END_THINK
 from kllm.tokenizer.toolcalls import TOOL_CALL
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     from kllm.tokenizer.tokenizer import Tokenizer
 
 
-class ChatRequest(SamplingFields, ServerToolFields, StructuredFields):
+class ChatRequest(SamplingFields, ServerToolFields):
     """A conversation, and how its next message is to be written."""
 
     max_tokens: Integer | None = Field(None, ge=1, description="Cut to what the context leaves.")
     max_completion_tokens: Integer | None = Field(None, ge=1, description="Goes before max_tokens.")
-    tool_choice: Annotated[Any, WithJsonSchema(CHOICE_SCHEMA)] = None
     parallel_tool_calls: Flag = True
     logprobs: Flag = False
     top_logprobs: Integer | None = Field(None, ge=0, le=20, description="Needs logprobs.")

@@ -49,9 +49,7 @@ async def render(request: Request) -> Any:
     body = await parsed(request, RenderRequest)
     state = request.app.state
     served = state.registry.get(body.model)
-    if tools := state.tools.shown_to(body):
-        body = body.model_copy(update={"tools": [tool.schema() for tool in tools]})
-    prompt = await rendered(body, served.runtime, state.settings)
+    prompt = await rendered(state.tools.added_to(body), served.runtime, state.settings)
     return await asyncio.to_thread(_answer, body, served, prompt)
 
 

@@ -13,7 +13,8 @@ from kllm.serve.errors import ApiError
 from kllm.serve.fields import Fields, Flag, Integer, Text
 from kllm.serve.inputs import check_ids, tokenizer_of
 from kllm.serve.openapi import described
-from kllm.serve.prompt import ConversationFields, Messages, rendered
+from kllm.serve.prompt import Messages, rendered
+from kllm.serve.servertools import ServerToolFields
 from kllm.serve.worker import TookTooLong, limited
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _SECONDS = 10.0  # of work; the largest body that is allowed takes one or two
 router = APIRouter()
 
 
-class TokenizeRequest(ConversationFields):
+class TokenizeRequest(ServerToolFields):
     """A text, or messages to be put into the chat template, to be cut into tokens."""
 
     model: Text | None = Field(None, description="A name from /v1/models; the first one if absent.")
@@ -67,7 +68,8 @@ async def tokenize(request: Request) -> Any:
         raise ApiError(400, "give either prompt or messages", param="prompt")
     ids = None
     if body.prompt is None:
-        ids = (await rendered(body, served.runtime, request.app.state.settings)).ids
+        state = request.app.state
+        ids = (await rendered(state.tools.added_to(body), served.runtime, state.settings)).ids
     try:
         return await limited(_SECONDS, _answer, body, tokenizer, ids, served.max_model_len)
     except TookTooLong:

@@ -63,12 +63,11 @@ class Rounds:
     async def begin(
         cls, body: ChatRequest, served: Served, settings: Settings, tools: ServerTools, chosen: list[Tool]
     ) -> Rounds:
-        """Checks and admits a request that brings no tools; `chosen` are those it gets.
+        """Checks and admits a request that has `chosen` of the server's tools.
 
         Raises:
             ApiError: 400, 429, 503.
         """
-        body = body.model_copy(update={"tools": [tool.schema() for tool in chosen]})
         job = await prepared(body, served, settings)
         stay = served.runtime.admit(served.adapter)
         try:

@@ -98,7 +98,7 @@ def tool_plan(tools: list[Any] | None, choice: Any, parallel: bool) -> ToolPlan:
         ApiError: 400.
     """
     functions = {function["name"]: function for function in checked_tools(tools)}
-    name = _chosen(choice)
+    name = chosen_name(choice)
     if not functions:
         if choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice needs tools to choose from", param="tool_choice")
@@ -178,8 +178,12 @@ def _object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     return schema
 
 
-def _chosen(choice: Any) -> str | None:
-    """The name in a tool_choice, None for one of its words."""
+def chosen_name(choice: Any) -> str | None:
+    """The name in a tool_choice, None for one of its words.
+
+    Raises:
+        ApiError: 400, it is neither.
+    """
     if choice in (None, "none", "auto", "required"):
         return None
     if not isinstance(choice, dict):

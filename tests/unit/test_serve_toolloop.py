@@ -228,7 +228,7 @@ def test_a_tool_outside_the_subset_is_not_run() -> None:
     [
         {"tools": [TOOL]},
         {"n": 2},
-        {"tool_choice": "none"},
+        {"n": 2, "tool_choice": "none"},
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"choice": ["a"]}},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "continue_final_message": True},
@@ -248,16 +248,65 @@ def test_own_tools_may_be_an_empty_list_and_the_format_text() -> None:
     with tool_server("hi") as box:
         box.message("hi", tools=[], response_format={"type": "text"}, tool_choice="auto")
         assert "calculator" in box.prompt()
-        assert box.refusal("hi", tool_choice="required")["param"] == "tool_choice"
 
 
-def test_the_rendered_prompt_has_them() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_none_bans_the_calls_and_keeps_the_tools_in_the_prompt(stream: bool) -> None:
+    with tool_server(sums("6*7"), "never") as box:
+        box.message("hi")
+        shown = box.engine.asked[0][0]
+        response = box.chat("hi", tool_choice="none", stream=stream)
+        message = joined(chunks_of(response)) if stream else response.json()["choices"][0]["message"]
+        prompt, params = box.engine.asked[-1]
+        assert prompt == shown and dict(params.logit_bias)[tokenizer().added_tokens[TOOL_CALL]] < -1e6
+        assert message["content"] == sums("6*7") and "tool_events" not in message
+        box.message("hi", tool_choice="none", server_tools=False)
+        assert "calculator" not in box.prompt()
+
+
+def test_the_servers_tools_cannot_be_forced() -> None:
+    named = {"type": "function", "function": {"name": "calculator"}}
     with tool_server("hi") as box:
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
-        for extra in ({}, {"server_tools": ["clock"]}, {"server_tools": False}, {"tools": [TOOL]}):
-            shown = box.post("/v1/chat/completions/render", {**body, **extra}).json()
-            box.message("hi", **extra)
-            assert shown["prompt"] == box.prompt()
+        for choice in ("required", named):
+            error = box.refusal("hi", tool_choice=choice)
+            assert error["param"] == "tool_choice" and "\n" not in error["message"]
+            assert error["message"].startswith("the server's own tools run with tool_choice auto only")
+            assert "needs tools" in box.refusal("hi", tool_choice=choice, server_tools=False)["message"]
+        assert box.refusal("hi", tool_choice={"type": "x"})["param"] == "tool_choice.type"
+        assert box.refusal("hi", tool_choice="always")["message"].startswith("tool_choice must be")
+        assert box.engine.asked == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"server_tools": ["clock"]},
+        {"server_tools": False},
+        {"tools": [TOOL]},
+        {"tool_choice": "none"},
+        {"n": 2},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"choice": ["a"]}},
+        {"add_generation_prompt": False},
+    ],
+)
+def test_what_is_shown_of_the_prompt_is_what_the_model_gets(extra: dict[str, Any]) -> None:
+    with tool_server("hi") as box:
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], **extra}
+        shown = box.post("/v1/chat/completions/render", body).json()
+        tokens = box.post("/tokenize", body).json()["tokens"]
+        box.message("hi", **extra)
+        assert shown["prompt"] == box.prompt() and shown["token_ids"] == tokens == box.engine.asked[-1][0]
+
+
+def test_a_text_to_be_cut_has_no_tools() -> None:
+    with tool_server("hi") as box:
+        assert box.post("/tokenize", {"prompt": "hi"}).json()["tokens"] == tokenizer().encode_raw("hi")
+        refused = box.post(
+            "/tokenize", {"messages": [{"role": "user", "content": "a"}], "server_tools": ["no"]}
+        )
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "server_tools"
 
 
 def test_responses_have_none() -> None:
