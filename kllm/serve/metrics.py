@@ -115,6 +115,7 @@ _ENGINE, _NAME = True, False
 _SIMPLE = (
     (_ENGINE, "num_requests_running", "gauge", "Requests that hold a row.", lambda m: m.runtime.running),
     (_ENGINE, "num_requests_waiting", "gauge", "Requests that wait for a row.", lambda m: m.runtime.waiting),
+    (_ENGINE, "num_requests_in_tools", "gauge", "Requests whose tools run.", lambda m: m.runtime.in_tools),
     (_ENGINE, "kv_cache_usage_perc", "gauge", "Used part of the KV cache; 1 is all.", _kv_usage),
     (
         _ENGINE,

@@ -133,12 +133,12 @@ class EngineRuntime:
             if self.dead:
                 raise dead_error()
         metrics.prompt_tokens += sum(map(len, prompts))
-        ticket = Ticket(prompts, params, self._cancel, time.monotonic(), counted=stay is None)
+        ticket = Ticket(prompts, params, self._cancel, time.monotonic(), stay)
         self._live.add(ticket)
         if stay is None:
             self.in_flight += len(prompts)
             self._limit(ticket, timeout)
-        if stay is None or not stay.begun:
+        if stay is None or not stay.rounds:
             self._limit_waiting(ticket)
         if stay is not None:
             stay.begin(ticket)
@@ -152,8 +152,9 @@ class EngineRuntime:
             ApiError: as `submit`.
         """
         self._loop = asyncio.get_running_loop()
-        self._admit(1, self.metrics_of(adapter))
-        stay = Stay(self._left)
+        metrics = self.metrics_of(adapter)
+        self._admit(1, metrics)
+        stay = Stay(lambda stay: self._left(stay, metrics))
         self._stays.add(stay)
         self.in_flight += 1
         self._limit(stay, None)
@@ -204,8 +205,13 @@ class EngineRuntime:
 
     @property
     def waiting(self) -> int:
-        """Requests that were admitted and hold no row."""
-        return max(0, self.in_flight - self.running)
+        """Requests that were admitted and wait for a row."""
+        return max(0, self.in_flight - self.running - self.in_tools)
+
+    @property
+    def in_tools(self) -> int:
+        """Requests that were admitted and whose tools run."""
+        return sum(stay.resting for stay in self._stays)
 
     def retry_after(self) -> int:
         """Seconds until a place in the queue is likely."""
@@ -268,9 +274,11 @@ class EngineRuntime:
             error = ApiError(503, message, code="queue_timeout", headers=headers)
             ticket.expire_in(wait, error, unless_started=True)
 
-    def _left(self, stay: Stay) -> None:
+    def _left(self, stay: Stay, metrics: ModelMetrics) -> None:
         self._stays.discard(stay)
         self.in_flight -= 1
+        if stay.rounds:
+            self._ended(metrics, stay.reason, time.monotonic() - stay.created, stay.computed)
 
     def _cancel(self, ticket: Ticket) -> None:
         self._thread.drop(ticket)
@@ -289,7 +297,8 @@ class EngineRuntime:
         metrics = self.metrics_of(ticket.params[0].adapter)
         if count := len(event.token_ids):
             metrics.generation_tokens += count
-            if ticket.first is None:
+            later = ticket.stay is not None and ticket.stay.rounds > 1
+            if ticket.first is None and not later:
                 ticket.first = now
                 metrics.first_token.observe(now - ticket.created)
                 metrics.queue.observe((ticket.started or now) - ticket.created)
@@ -297,13 +306,21 @@ class EngineRuntime:
             if before is not None:
                 metrics.between_tokens.observe((now - before) / count, count)
             ticket.newest[index] = now
-        if event.finish_reason is not None:
-            self.in_flight -= ticket.counted
-            metrics.finished(event.finish_reason)
-            metrics.whole.observe(now - ticket.created)
-            if event.finish_reason in ("stop", "length"):
-                spent = now - (ticket.started or ticket.created)
-                self._service += 0.1 * (spent - self._service)
+        if event.finish_reason is None:
+            return
+        computed = now - (ticket.started or ticket.created)
+        if ticket.stay is not None:  # it is counted when all its rounds are over
+            ticket.stay.computed += computed
+        else:
+            self.in_flight -= 1
+            self._ended(metrics, event.finish_reason, now - ticket.created, computed)
+
+    def _ended(self, metrics: ModelMetrics, reason: str, seconds: float, computed: float) -> None:
+        """Counts a request, which took `seconds`, and the engine `computed` of them."""
+        metrics.finished(reason)
+        metrics.whole.observe(seconds)
+        if reason in ("stop", "length"):
+            self._service += 0.1 * (computed - self._service)
 
     def _died(self) -> None:
         """In the engine's thread."""

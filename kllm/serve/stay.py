@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,9 +23,19 @@ class Stay:
 
     Args:
         leave: gives the place back; called once.
+
+    Attributes:
+        created: seconds on `time.monotonic`'s clock.
+        rounds: begun so far.
+        computed: seconds that the engine worked on those that have ended.
+        reason: of its end, as it is counted; whoever finishes it says another.
     """
 
     def __init__(self, leave: Callable[[Stay], None]) -> None:
+        self.created = time.monotonic()
+        self.rounds = 0
+        self.computed = 0.0
+        self.reason = "cancelled"
         self._leave = leave
         self._ticket: Ticket | None = None
         self._error: ApiError | None = None
@@ -37,9 +48,9 @@ class Stay:
         return self._over.is_set()
 
     @property
-    def begun(self) -> bool:
-        """It had a round."""
-        return self._ticket is not None
+    def resting(self) -> bool:
+        """It wants nothing from the engine now: its tools run."""
+        return self._ticket is None or self._ticket.ended
 
     def check(self) -> None:
         """Refuses to go on with what has ended.
@@ -52,6 +63,7 @@ class Stay:
 
     def begin(self, ticket: Ticket) -> None:
         """The next round runs."""
+        self.rounds += 1
         self._ticket = ticket
 
     def cancel(self) -> None:

@@ -12,6 +12,7 @@ from kllm.serve.errors import ApiError, internal_error
 
 if TYPE_CHECKING:
     from kllm.engine.params import Event, SamplingParams
+    from kllm.serve.stay import Stay
 
 Batch = list[tuple[int, "Event"]]
 
@@ -22,7 +23,7 @@ class Ticket:
     All methods belong to the event loop that submitted it; `numbers` and `started` are the engine thread's.
 
     Attributes:
-        counted: each of its requests has a place of its own; else they are a round of one that has.
+        stay: the request whose round this is; None where each of its requests has a place of its own.
         created, started, first: seconds on `time.monotonic`'s clock: admission, first prefill, first token
             (None before); `newest` is the newest token of each.
     """
@@ -33,10 +34,10 @@ class Ticket:
         params: list[SamplingParams],
         on_cancel: Callable[[Ticket], None],
         created: float,
-        counted: bool = True,
+        stay: Stay | None = None,
     ) -> None:
         self.prompts, self.params = prompts, params
-        self.counted = counted
+        self.stay = stay
         self.created = created
         self.started: float | None = None
         self.first: float | None = None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kllm.engine.answer import delta_of, message_of, usage_of
 from kllm.serve.calling import Caller
 from kllm.serve.errand import ServerBox, too_deep
-from kllm.serve.errors import ApiError
+from kllm.serve.errors import ApiError, ClientGone
 from kllm.serve.job import ChatJob, ChatRequest, chunk, chunks_of, end_of, prepared
 from kllm.serve.roundanswer import RoundAnswer, taken, without_stops
 from kllm.serve.sse import event
@@ -150,7 +150,12 @@ class Rounds:
                 if not await self._go_on([_acceptable(message), *told]):
                     reason = "length"
                     break
+            self._stay.reason = reason
             yield [chunk(0, {}, reason)]
+        except Exception as error:
+            if not isinstance(error, ClientGone) and getattr(error, "status", 500) == 500:
+                self._stay.reason = "error"
+            raise
         finally:
             self._stay.cancel()
             self._caller.leave()

@@ -85,7 +85,7 @@ def test_metrics_are_prometheus_text() -> None:
 def test_another_reader_understands_the_metrics() -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     families = list(parser.text_string_to_metric_families(ask("GET", "/metrics").text))
-    assert len(families) == 15
+    assert len(families) == 16
     assert {f.type for f in families} == {"gauge", "counter", "histogram"}
 
 

@@ -100,6 +100,53 @@ def test_a_client_that_leaves_between_the_rounds() -> None:
     asyncio.run(work())
 
 
+def reasons(box: Server) -> dict[str, int]:
+    """Finished requests by reason, those that there are."""
+    return {reason: count for reason, count in box.served.metrics.reasons.items() if count}
+
+
+def test_a_request_is_counted_once() -> None:
+    """However many rounds it took; its tokens are those of all."""
+
+    async def work() -> None:
+        with tool_server(sums("1+1"), sums("2+2"), "done") as box:
+            usage = (await Client(box).answer())["usage"]
+            await asyncio.gather(Client(box).task, Client(box, stream=True).task)
+            metrics = box.served.metrics
+            assert reasons(box) == {"stop": 3} and len(box.engine.asked) == 9
+            for histogram in (metrics.whole, metrics.first_token, metrics.queue):
+                assert sum(histogram.counts) == 3
+            assert metrics.generation_tokens == 3 * usage["completion_tokens"]
+            assert metrics.prompt_tokens == 3 * usage["prompt_tokens"]
+            cut = await Client(box, max_tokens=5).answer()
+            assert cut["choices"][0]["finish_reason"] == "length" and reasons(box) == {"stop": 3, "length": 1}
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_while_a_tool_runs_is_counted(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And waits for nothing of the engine before: a full queue must not be told to come back the later for it."""
+    monkeypatch.setattr("kllm.serve.errand._GRACE", 0.05)
+    slow = Slow()
+
+    async def work() -> None:
+        with tool_server(call("wait") + sums("1+1"), "never", tools=[slow.tool(), "calculator"]) as box:
+            client = Client(box, stream=stream)
+            await happened(slow.running)
+            assert (box.runtime.in_flight, box.runtime.running, box.runtime.waiting) == (1, 0, 0)
+            shown = box.app.state.metrics.render([box.served])
+            assert 'kllm:num_requests_in_tools{model_name="tiny"} 1' in shown
+            assert 'kllm:num_requests_waiting{model_name="tiny"} 0' in shown
+            client.leave()
+            await asyncio.wait([client.task], timeout=10)
+            await settled(idle(box))
+            assert reasons(box) == {"cancelled": 1}
+            assert box.served.metrics.tool_calls == {("wait", "abandoned"): 1, ("calculator", "abandoned"): 1}
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_time_for_a_request_covers_its_tools(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kllm.serve.errand._GRACE", 0.05)
@@ -195,6 +242,7 @@ def test_a_broken_engine_in_a_later_round() -> None:
             client = Client(box)
             assert (await client.answer())["error"]["code"] == "internal_error"
             await settled(idle(box))
+            assert reasons(box) == {"error": 1}
 
     asyncio.run(work())
 
