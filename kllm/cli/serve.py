@@ -121,7 +121,9 @@ _PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
         None,
         _TOOLS,
         "What models may call and the server runs: calculator, clock, python, or one's own as "
-        "module:function or file.py:function; commas between.",
+        "module:function or file.py:function; commas between. For chat requests without tools of their "
+        "own; n above 1, a tool_choice other than auto, a format for the answer or continue_final_message "
+        "switch them off, and /v1/responses never has them.",
         "NAME",
     ),
     _row(
@@ -129,7 +131,8 @@ _PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
         bool,
         False,
         _TOOLS,
-        "Run the model's python without the sandbox: it can then do all that you can.",
+        "Run the model's python without the sandbox: it can then do all that you can. Like the sandboxed "
+        "one, only on loopback or with a key.",
     ),
     _row("max_sandboxes", int, 4, _TOOLS, "Requests that may run python at once.", "N", least=1),
     _row(

@@ -21,6 +21,22 @@ from kllm.serve.settings import Settings
 from kllm.tools.registry import find_tools
 
 
+def test_what_switches_the_servers_tools_off_is_said() -> None:
+    """On the help page and in the README."""
+    (option,) = [option for name, option, _ in command._PARAMETERS if name == "tools"]
+    page = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Serve\n")[2].partition("\n## ")[0]
+    for text in (option.__metadata__[0].help, section.replace("`", "")):
+        for word in (
+            "n above 1",
+            "tool_choice",
+            "format for the answer",
+            "continue_final_message",
+            "/v1/responses never",
+        ):
+            assert word in text
+
+
 def test_keys_come_from_three_places(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# team\nsk-b\n\n  sk-c  \n")
