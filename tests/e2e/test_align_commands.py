@@ -75,7 +75,9 @@ def bits(run: Path) -> tuple[str, list[dict]]:
     return hashlib.sha256(weights).hexdigest(), timeless
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "online")) for kind in KINDS]
+)
 def test_killed_anywhere_it_ends_in_the_same_bits(kind: str, lab: Path) -> None:
     more = ("--steps", "8", "--save-every", "2", "--train.eval_every", "4")
     whole, cut = (command(kind, f"{kind}-{name}", *more) for name in ("whole", "cut"))
@@ -166,6 +168,7 @@ def test_two_processes_give_the_curve_of_one(lab: Path) -> None:
             assert a[key] == pytest.approx(b[key], abs=1e-4), (key, a["step"])
 
 
+@pytest.mark.slow
 def test_two_processes_sample_together(lab: Path) -> None:
     """Each draws answers to its own share of the prompts, so the curve is not that of one process."""
     kllm(

@@ -251,6 +251,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow  # the command line's is not: tests/e2e/test_nproc.py
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
