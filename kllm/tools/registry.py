@@ -170,10 +170,9 @@ class Toolbox:
 
     def reset(self) -> None:
         """Forgets the variables of the code: the next run has a fresh sandbox."""
-        if self.sandbox is not None:
-            self.sandbox.close()
-            old = self.sandbox
+        if (old := self.sandbox) is not None:
             self.sandbox = type(old)(old.functions, limits=old.limits, unsafe=old.unsafe)
+            old.close()
 
     def functions(self) -> list[Tool]:
         """The tools that code may call: all but `python` itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -14,7 +15,7 @@ MAX_CODE = 64 << 10
 
 
 class Sandbox:
-    """A conversation's Python. One run at a time; not for two threads at once.
+    """A conversation's Python. One run at a time; another thread may close it meanwhile.
 
     Args:
         functions: names the code may call; each gets (args, kwargs), of JSON's types, in this process.
@@ -40,18 +41,27 @@ class Sandbox:
         self._worker: Worker | None = None
         self._runs = 0
         self._closed = False
+        self._lock = threading.RLock()  # a signal's handler may close
 
     def start(self) -> None:
         """Starts the worker if there is none. Raises UserError, one line, where it cannot be locked."""
+        self._started()
+
+    def _started(self) -> Worker:
         if self._closed:
             raise KllmError("this sandbox is closed")
-        if self._worker is not None:
-            return
+        if (worker := self._worker) is not None:
+            return worker
         if not self.unsafe:
             check_platform()
-        self._worker = Worker(list(self.functions), self.limits, self.unsafe)
-        self.startup_seconds = self._worker.startup_seconds
-        self.lock_seconds = self._worker.lock_seconds
+        worker = Worker(list(self.functions), self.limits, self.unsafe)
+        with self._lock:
+            if not self._closed:
+                self._worker = worker
+                self.startup_seconds, self.lock_seconds = worker.startup_seconds, worker.lock_seconds
+                return worker
+        worker.kill()
+        raise KllmError("this sandbox was closed while it started")
 
     def run(self, code: str, interrupted: Callable[[], bool] | None = None) -> Ran:
         """Runs `code` after all that ran before it in this conversation.
@@ -62,11 +72,10 @@ class Sandbox:
         if len(code.encode("utf-8", "surrogatepass")) > MAX_CODE:
             error = f"the code is too long: over {MAX_CODE >> 10} kB"
             return Ran(error + "\n", error, False, 0.0)
-        self.start()
-        assert self._worker is not None
+        worker = self._started()
         self._runs += 1
         try:
-            ran = Run(self._worker, self.functions, self.limits, self._runs).follow(code, interrupted)
+            ran = Run(worker, self.functions, self.limits, self._runs).follow(code, interrupted)
         except BaseException:
             self._drop()
             raise
@@ -75,13 +84,15 @@ class Sandbox:
         return ran
 
     def _drop(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
 
     def close(self) -> None:
-        """Kills the worker and removes its files. Idempotent."""
-        self._closed = True
+        """Kills the worker and removes its files; a run in another thread ends. Idempotent."""
+        with self._lock:
+            self._closed = True
         self._drop()
 
     def __enter__(self) -> Sandbox:

@@ -1,32 +1,33 @@
-"""One worker process as the parent sees it: started, stopped between runs, killed, its folder removed."""
+"""One worker process as the parent sees it: started, talked to, stopped between runs, killed."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import platform
 import select
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kllm.errors import KllmError, UserError
 from kllm.tools.sandbox import syscalls
+from kllm.tools.sandbox.held import Held, WorkerClosed, return_code
+from kllm.tools.sandbox.scratch import remove_stale
 
 HERE = Path(__file__).parent
 START_SECONDS = 30.0
 RUNS_OF_CPU = 20  # the hard CPU limit of a worker, in runs
-SCRATCH_FILES = 1000
-SCRATCH_SIZES = 16  # the scratch folder's limit, in largest files
+CHUNK = 1 << 16
 UNSAFE = "--unsafe-python runs the code without protection"
 
 
@@ -73,75 +74,19 @@ def check_platform() -> None:
         raise UserError(f"sandboxed Python {needs}; this is Linux {platform.release()} without", hint=UNSAFE)
 
 
-def _clear(folder: int) -> str | None:
-    """Removes the files and empty folders in an open folder; returns a folder that is left, if one is."""
-    left = None
-    for entry in list(os.scandir(folder)):
-        if not entry.is_dir(follow_symlinks=False):
-            os.unlink(entry.name, dir_fd=folder)
-            continue
-        try:
-            os.rmdir(entry.name, dir_fd=folder)
-        except OSError:
-            left = entry.name
-    return left
+@lru_cache(maxsize=1)
+def _tidy() -> None:
+    """Once per process: what others left."""
+    remove_stale()
 
 
-def remove_scratch(folder: Path) -> None:
-    """Removes a folder however deep, step by step: no path grows too long, no recursion, no link followed."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    names: list[str] = []  # the way down from `folder` to `here`
-    with contextlib.suppress(OSError):
-        folder.chmod(0o700)
-        here = os.open(folder, flags)
-        try:
-            while (below := _clear(here)) is not None or names:
-                if below is not None:
-                    os.chmod(below, 0o700, dir_fd=here)
-                    names.append(below)
-                step = (
-                    os.open("..", flags, dir_fd=here) if below is None else os.open(below, flags, dir_fd=here)
-                )
-                os.close(here)
-                here = step
-                if below is None:
-                    os.rmdir(names.pop(), dir_fd=here)
-        finally:
-            os.close(here)
-        folder.rmdir()
-
-
-def scratch_is_full(folder: Path, limit: int) -> bool:
-    """Whether the files there hold over `limit` bytes or are too many, too deep, or hidden from us."""
-    total = count = 0
-    waiting = [str(folder)]
-    try:
-        while waiting:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    count += 1
-                    with contextlib.suppress(FileNotFoundError):
-                        total += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                    if total > limit or count > SCRATCH_FILES:
-                        return True
-    except FileNotFoundError:
-        return False
-    except OSError:  # unreadable, or a path beyond PATH_MAX
-        return True
-    return False
-
-
-def _discard(owner: int, process: subprocess.Popen[bytes], scratch: Path, fds: tuple[int, ...]) -> None:
-    if os.getpid() != owner:  # a forked child of ours that ends
-        return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for fd in fds:
-        os.close(fd)
-    remove_scratch(scratch)
+def _not_started(error: OSError) -> KllmError:
+    what = error.strerror or str(error)
+    if error.filename:
+        what += f": {error.filename}"
+    many = error.errno in (errno.EMFILE, errno.ENFILE)
+    hint = "`ulimit -n` says how many this process may have" if many else None
+    return KllmError(f"cannot start the Python worker: {what}", hint=hint)
 
 
 class Worker:
@@ -154,72 +99,65 @@ class Worker:
         if sys.platform == "win32":
             raise UserError("sandboxed Python needs Linux, or macOS with --unsafe-python")
         start = time.perf_counter()
-        self.scratch = Path(tempfile.mkdtemp(prefix="kllm-python-"))
-        theirs_in, self.requests = os.pipe()
-        self.replies, theirs_out = os.pipe()
-        self.output, theirs_print = os.pipe()
-        self._ended = threading.Event()
+        self._held = Held()
+        weakref.finalize(self, self._held.close)
         try:
-            self.process = self._spawn(theirs_in, theirs_out, theirs_print)
-        except OSError as e:
-            for fd in (self.requests, self.replies, self.output):
-                os.close(fd)
-            remove_scratch(self.scratch)
-            raise KllmError(f"cannot start {sys.executable}: {e.strerror}") from e
-        finally:
-            for fd in (theirs_in, theirs_out, theirs_print):
-                os.close(fd)
-        fds = (self.requests, self.replies, self.output)
-        self._discard = weakref.finalize(self, _discard, os.getpid(), self.process, self.scratch, fds)
-        weakref.finalize(self, self._ended.set)
-        for fd in fds:
-            os.set_blocking(fd, False)
-        try:
+            _tidy()
+            self.scratch = self._held.make_scratch()
+            self.requests, self.replies, self.output = self._held.make_pipes()
+            self.process = self._spawn()
             self.lock_seconds = self._hello(functions, limits, unsafe)
+        except OSError as error:
+            self.kill()
+            raise _not_started(error) from error
         except BaseException:
             self.kill()
             raise
         self.startup_seconds = time.perf_counter() - start
 
-    def _spawn(self, requests: int, replies: int, output: int) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> subprocess.Popen[bytes]:
         """Starts the interpreter from a thread that lives as long as the worker shall.
 
         Linux ends the worker when the thread that forked it ends (PDEATHSIG); a server's pool thread may
-        end at any time, this one only with the program.
+        end at any time, this one only with the program. Who waits here may be interrupted; what the thread
+        starts then goes at once.
         """
         command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(HERE / "worker.py")]
-        command += [str(requests), str(replies)]
         kept = ("LD_LIBRARY_PATH",)  # some interpreters do not start without
         environment = {name: os.environ[name] for name in kept if name in os.environ}
-        started: list[subprocess.Popen[bytes] | OSError] = []
-        is_up, ended = threading.Event(), self._ended
+        failed: list[Exception] = []
+        is_up, held, folder = threading.Event(), self._held, self.scratch
+
+        def start(requests: int, replies: int, output: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                [*command, str(requests), str(replies)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                cwd=folder,
+                pass_fds=(requests, replies),
+                start_new_session=True,
+            )
 
         def keep() -> None:
             try:
-                started.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                        env=environment,
-                        cwd=folder,
-                        pass_fds=(requests, replies),
-                        start_new_session=True,
-                    )
-                )
-            except OSError as e:
-                started.append(e)
-            is_up.set()
-            ended.wait()
+                held.start(start)
+            except Exception as error:
+                failed.append(error)
+            finally:
+                is_up.set()
+            held.ended.wait()
 
-        folder = self.scratch
-        threading.Thread(target=keep, name="kllm-sandbox", daemon=True).start()
+        try:
+            threading.Thread(target=keep, name="kllm-sandbox", daemon=True).start()
+        except RuntimeError as error:
+            raise KllmError(f"cannot start the Python worker: {error}") from error
         is_up.wait()
-        if isinstance(started[0], OSError):
-            self._ended.set()
-            raise started[0]
-        return started[0]
+        if failed:
+            raise failed[0]
+        assert held.process is not None
+        return held.process
 
     def _hello(self, functions: list[str], limits: Limits, unsafe: bool) -> float:
         """Sends the settings, waits for ready; returns the seconds the lock took."""
@@ -238,14 +176,14 @@ class Worker:
             "cpu_seconds": limits.cpu_seconds,
         }
         with contextlib.suppress(BrokenPipeError):  # its end shows below
-            os.write(self.requests, json.dumps(settings).encode() + b"\n")
+            self.write(self.requests, json.dumps(settings).encode() + b"\n")
         line, end = b"", time.monotonic() + START_SECONDS
         poller = select.poll()
         poller.register(self.replies, select.POLLIN)
         while not line.endswith(b"\n"):
             if not poller.poll(max(0.0, end - time.monotonic()) * 1000):
                 raise KllmError(f"the Python worker did not start within {START_SECONDS:g} s")
-            chunk = os.read(self.replies, 1 << 16)
+            chunk = self.read(self.replies)
             if not chunk:
                 raise KllmError(f"the Python worker did not start: {self._last_words()}")
             line += chunk
@@ -257,24 +195,46 @@ class Worker:
 
     def _last_words(self) -> str:
         try:
-            text = os.read(self.output, 1 << 16).decode("utf-8", "replace").strip()
+            text = self.read(self.output).decode("utf-8", "replace").strip()
         except BlockingIOError:
             text = ""
         return text.rpartition("\n")[2] or "it ended without a word"
 
+    def read(self, fd: int) -> bytes:
+        """What is there of one of the pipes. Raises BlockingIOError: nothing; WorkerClosed: after `kill`."""
+        with self._held.use():
+            return os.read(fd, CHUNK)
+
+    def write(self, fd: int, data: bytes | bytearray) -> int:
+        """How much of it the pipe took; raises as `read`."""
+        with self._held.use():
+            return os.write(fd, data)
+
+    def check(self) -> None:
+        """Raises WorkerClosed after `kill`."""
+        with self._held.use():
+            pass
+
+    @property
+    def unread(self) -> bytes:
+        """Output that was still in the pipe when the worker was killed."""
+        return self._held.unread
+
     def signal(self, number: int) -> None:
-        """A signal to the worker and what it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        """A signal to the worker and what it started; to nobody after `kill`."""
+        with contextlib.suppress(WorkerClosed, ProcessLookupError, PermissionError), self._held.use():
             os.killpg(self.process.pid, number)
 
     def ended_by_itself(self, wait: float = 0.5) -> int | None:
         """Its return code (negative: a signal) if it ends within `wait` seconds without our doing."""
-        try:
-            return self.process.wait(wait)
-        except subprocess.TimeoutExpired:
-            return None
+        end = time.monotonic() + wait
+        while True:
+            with self._held.use():
+                code = return_code(self.process)
+            if code is not None or time.monotonic() >= end:
+                return code
+            time.sleep(0.005)
 
     def kill(self) -> None:
-        """Kills the group, closes the pipes, removes the scratch. Idempotent."""
-        self._discard()
-        self._ended.set()
+        """Kills the group, closes the pipes, removes the scratch. Idempotent, from any thread."""
+        self._held.close()

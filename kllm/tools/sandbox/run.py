@@ -1,15 +1,15 @@
 """One run of code, from the parent's side: what is printed, the calls of functions, and how it ends.
 
 Nothing the worker sends is believed: messages are JSON lines of bounded size and number, output is cut
-while it is read, and time, scratch and interruption are looked at every TICK. The worst that hostile
-code can do here is to falsify the result of its own run.
+while it is read, and time, interruption and scratch are looked at every TICK, the last less often where
+that would take more than LOOK_SHARE. The worst that hostile code can do here is to falsify the result of
+its own run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import signal
 import time
@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kllm.tools.sandbox.process import SCRATCH_SIZES, Limits, Worker, scratch_is_full
+from kllm.tools.sandbox.held import WorkerClosed
+from kllm.tools.sandbox.process import CHUNK, Limits, Worker
+from kllm.tools.sandbox.scratch import SCRATCH_DEPTH, SCRATCH_SIZES, scratch_is_full
 from kllm.tools.text import Kept
 
 Function = Callable[[list[Any], dict[str, Any]], Any]
 
 TICK = 0.02
-CHUNK = 1 << 16
+LOOK_SHARE = 0.05  # of a core, at most, to look at the scratch folder
 MAX_CALLS = 100
 MAX_MESSAGES = 1000  # a run's lines, answered or not
 MAX_LINE = 1 << 18
@@ -99,43 +101,58 @@ class Run:
         self.end: str | None = None  # why the worker must go, or went
 
     def follow(self, code: str, interrupted: Callable[[], bool] | None) -> Ran:
-        """Runs `code`; on any end but a regular one the worker is killed."""
+        """Runs `code`; on any end but a regular one the worker is killed.
+
+        Another thread may kill it meanwhile, even while this one is in a function that the code called.
+        """
         start = time.monotonic()
-        deadline = self.deadline = start + self.limits.seconds
-        self._forget_the_last_run()
-        self.pending += json.dumps({"run": self.number, "code": code}).encode() + b"\n"
-        self.worker.signal(signal.SIGCONT)
+        self.deadline = start + self.limits.seconds
+        try:
+            self._forget_the_last_run()
+            self.pending += json.dumps({"run": self.number, "code": code}).encode() + b"\n"
+            self.worker.signal(signal.SIGCONT)
+            self._follow(interrupted)
+        except WorkerClosed as closed:
+            self.end = self.end or closed.message
+        # Nothing the code left behind (a timer, a forged "done") goes on while nobody looks.
+        self.worker.signal(signal.SIGSTOP)
+        self._look()
+        self._drain()
+        return self._result(time.monotonic() - start)
+
+    def _follow(self, interrupted: Callable[[], bool] | None) -> None:
+        """Serves the pipes until the run is done or has to end."""
         poller = select.poll()
         poller.register(self.worker.replies, select.POLLIN)
         poller.register(self.worker.output, select.POLLIN)
-        look = start + TICK
+        tick = look = time.monotonic() + TICK
         while not self.done and self.end is None:
             if self.pending:
                 poller.register(self.worker.requests, select.POLLOUT)
             else:  # not even for errors: a closed pipe would wake us all the time
                 with contextlib.suppress(KeyError):
                     poller.unregister(self.worker.requests)
-            wait = max(0.0, min(look, deadline) - time.monotonic())
+            wait = max(0.0, min(tick, self.deadline) - time.monotonic())
             for fd, _ in poller.poll(wait * 1000 + 1):
                 self._serve(fd)
             now = time.monotonic()
-            if now >= deadline and not self.done:
+            if now >= self.deadline and not self.done:
                 self.end = self.end or f"time-out after {self.limits.seconds:g} s"
-            elif now >= look:
-                look = now + TICK
-                self._look(interrupted)
-        # Nothing the code left behind (a timer, a forged "done") goes on while nobody looks.
-        self.worker.signal(signal.SIGSTOP)
-        self._look(None)
-        self._drain()
-        return self._result(time.monotonic() - start)
+            elif now >= tick:
+                tick = now + TICK
+                self.worker.check()  # or its numbers would be polled on, whosever they are now
+                if interrupted is not None and interrupted():
+                    self.end = self.end or "interrupted"
+                if now >= look:  # often, as a worker fills 300 MB in 0.2 s; rarely if it makes looking dear
+                    look = now + max(TICK, self._look() / LOOK_SHARE)
 
-    def _look(self, interrupted: Callable[[], bool] | None) -> None:
-        if interrupted is not None and interrupted():
-            self.end = self.end or "interrupted"
-        room = self.limits.file_bytes * SCRATCH_SIZES
+    def _look(self) -> float:
+        """Ends the run if its folder is too full; returns the processor seconds that it took to see."""
+        start, room = time.thread_time(), self.limits.file_bytes * SCRATCH_SIZES
         if scratch_is_full(self.worker.scratch, room):
-            self.end = self.end or f"too many files, or over {room:,} bytes of them"
+            why = f"too many files, over {room:,} bytes of them, or over {SCRATCH_DEPTH} folders deep"
+            self.end = self.end or why
+        return time.thread_time() - start
 
     def _serve(self, fd: int) -> None:
         """One read or write on a pipe that is ready."""
@@ -143,10 +160,10 @@ class Run:
             return
         try:
             if fd == self.worker.requests:
-                sent = os.write(fd, self.pending[:CHUNK])
+                sent = self.worker.write(fd, self.pending[:CHUNK])
                 del self.pending[:sent]
                 return
-            chunk = os.read(fd, CHUNK)
+            chunk = self.worker.read(fd)
         except BlockingIOError:
             return
         except BrokenPipeError:
@@ -208,13 +225,16 @@ class Run:
 
     def _drain(self) -> None:
         """The rest of the output; the worker is stopped or gone, so this is one pipe's content."""
-        for chunk in self._rest(self.worker.output):
-            self.kept.add(chunk)
+        try:
+            for chunk in self._rest(self.worker.output):
+                self.kept.add(chunk)
+        except WorkerClosed:
+            self.kept.add(self.worker.unread)
 
     def _rest(self, fd: int) -> Iterator[bytes]:
         with contextlib.suppress(BlockingIOError):
             for _ in range(ONE_PIPE):
-                if not (chunk := os.read(fd, CHUNK)):
+                if not (chunk := self.worker.read(fd)):
                     return
                 yield chunk
 
