@@ -416,7 +416,9 @@ def test_escape_write_1_gb_to_scratch() -> None:
         ran = own.run("for i in range(1024):\n    with open(str(i), 'wb') as f: f.write(bytes(1 << 20))")
         watch.set()
         thread.join()
-        assert ran.lost and ran.error == "too many files, over 16,777,216 bytes of them, or over 50 folders deep"
+        assert (
+            ran.lost and ran.error == "too many files, over 16,777,216 bytes of them, or over 50 folders deep"
+        )
         assert not folder.exists()
     print(f"peak of the scratch folder: {peak[0] >> 20} MB")
     assert peak[0] < 1 << 30

@@ -60,7 +60,7 @@ def test_a_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
         "print(box.run('import os; os.getpid()').output, flush=True)\n"
         "box.run('import time; time.sleep(60)')"
     )
-    there = os.environ | {"TMPDIR": str(tmp_path)}  # the next start removes the killed one's folder; none is to find it
+    there = os.environ | {"TMPDIR": str(tmp_path)}  # its folder is left: the next start here removes it
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=there
     ) as parent:
