@@ -94,6 +94,10 @@ class LocalModel:
                 events.close()
         yield Said(reason, len(ids), answer.tokens, first - started, last - first, answer.cached_tokens)
 
+    def shows(self, tools: list[dict[str, Any]]) -> bool:
+        """See `ChatModel.shows`."""
+        return self.encoder is None or self.encoder.shows(tools)
+
     def prompt(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, settings: Settings
     ) -> str:

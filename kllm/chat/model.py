@@ -115,6 +115,10 @@ class ChatModel(Protocol):
         """
         ...
 
+    def shows(self, tools: list[dict[str, Any]]) -> bool:
+        """Whether the model is shown them; True where nobody knows."""
+        ...
+
     def close(self) -> None:
         """Lets go of what it holds."""
         ...

@@ -56,6 +56,10 @@ class RemoteModel:
         context = f", context {self.context:,}" if self.context else ""
         return f"at {self._target.url}{context}"
 
+    def shows(self, tools: list[dict[str, Any]]) -> bool:
+        """See `ChatModel.shows`: its server's affair."""
+        return True
+
     def close(self) -> None:
         """Every question has a connection of its own."""
 

@@ -142,16 +142,9 @@ def open_chat(options: ChatOptions) -> Conversation:
     )
     if options.load is not None:
         _load(chat, options)
-    if options.url is None and chat.tools and not _shown(chat):
-        _say("this model's chat template shows it no tools: it will not call any")
+    if chat.tools and not model.shows(chat.tools):
+        _say("its chat template shows it no tools: it will not call any")
     return chat
-
-
-def _shown(chat: Conversation) -> bool:
-    """Whether the template of a model here writes the tools into the prompt."""
-    asked = [{"role": "user", "content": "?"}]
-    with_tools, without = (chat.model.prompt(asked, t, chat.settings) for t in (chat.tools, None))
-    return with_tools != without
 
 
 def _load(chat: Conversation, options: ChatOptions) -> None:

@@ -164,6 +164,8 @@ def load_with_adapters(
     size = f"{count_parameters(engine.shape):,} parameters, {numbers} on {engine.device}"
     lines = [f"{size}, context {engine.max_context:,}", engine.kv_line()]
     lines += [line for line in [*_chosen(options), _kernels(engine)] if line]
+    if settings.tools and encoder is not None and not encoder.shows([t.schema() for t in settings.tools]):
+        lines.append("warning: its chat template shows it no tools: it will not call any")
     served = Served(
         name=source.name,
         runtime=runtime,

@@ -99,6 +99,14 @@ class ChatEncoder:
         """Ids of a conversation up to the header of the answer to come."""
         return self._tokenise([self._pieces(messages, tools, True, kwargs)])[0].ids
 
+    def shows(self, tools: Any) -> bool:
+        """Whether the template writes `tools` into a prompt; one that refuses them does not."""
+        asked = [{"role": "user", "content": "?"}]
+        try:
+            return self.prompt(asked, tools) != self.prompt(asked)
+        except UserError:
+            return False
+
     def text(
         self, messages: Messages, tools: Any = None, *, add_generation_prompt: bool = False, **kwargs: Any
     ) -> str:

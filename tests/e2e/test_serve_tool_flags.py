@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def running(caller: Path) -> Iterator[Server]:
     yield server
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(30) == 0
-    assert "Traceback" not in server.output()
+    assert "Traceback" not in server.output() and "shows it no tools" not in server.output()
 
 
 def events_of(message: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -120,6 +121,16 @@ def test_a_request_without_them(running: Server) -> None:
     assert "tool_events" not in message and TOOL_CALL in message["content"]  # nobody looks for calls
     answer = running.post("/v1/chat/completions", chat_body("hi", server_tools=["python"]))
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "server_tools"
+
+
+def test_a_template_without_tools_is_told_at_the_start(caller: Path, tmp_path: Path) -> None:
+    shutil.copytree(caller, tmp_path / "plain")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "plain" / "chat_template.jinja").write_text(template)
+    server = Server("--tools", "calculator", models=(tmp_path / "plain",))
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+    assert server.output().count("plain: warning: its chat template shows it no tools") == 1
 
 
 def test_a_tool_that_hangs_does_not_hold_up_the_end(caller: Path) -> None:

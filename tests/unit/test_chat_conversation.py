@@ -39,8 +39,10 @@ class FakeModel:
         return "says what it is told to"
 
     def prompt(self, messages: Any, tools: Any, settings: Settings) -> str:
-        offered = [f"tools:{tool['function']['name']}" for tool in tools or ()]
-        return "|".join([*offered, *(f"{m['role']}:{m['content']}" for m in messages)])
+        return "|".join(f"{m['role']}:{m['content']}" for m in messages)
+
+    def shows(self, tools: Any) -> bool:
+        return True
 
     def close(self) -> None:
         self.closed = True

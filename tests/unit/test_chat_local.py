@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,16 @@ def test_tools_stand_in_the_prompt(loaded: LocalModel) -> None:
     text = loaded.prompt(messages, schemas(["calculator"]), GREEDY)
     assert '"calculator"' in text and "expression" in text
     assert loaded.prompt(messages, None, GREEDY) in text.replace(text.split("<|im_start|>user")[0], "")
+
+
+def test_a_template_without_tools_shows_none(loaded: LocalModel) -> None:
+    tools = schemas(["calculator"])
+    assert loaded.shows(tools)
+    plain = copy.copy(loaded.tokenizer)
+    plain.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert not LocalModel(loaded.engine, plain).shows(tools)
+    plain.chat_template = "{% if tools %}{{ raise_exception('no tools here') }}{% endif %}{{ messages }}"
+    assert not LocalModel(loaded.engine, plain).shows(tools)
 
 
 def test_calls_are_read_even_where_none_are_allowed(loaded: LocalModel) -> None:

@@ -410,12 +410,9 @@ def test_tools_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_tools_that_the_template_does_not_show_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(FakeModel, "prompt", lambda self, messages, tools, settings: "always the same")
+    monkeypatch.setattr(FakeModel, "shows", lambda self, tools: False)
     one_shot(monkeypatch, "hi", prompt="?", tools=("calculator",))
-    assert (
-        capsys.readouterr().err
-        == "note: this model's chat template shows it no tools: it will not call any\n"
-    )
+    assert capsys.readouterr().err == "note: its chat template shows it no tools: it will not call any\n"
 
 
 def test_a_model_that_never_answers_is_a_failure(
