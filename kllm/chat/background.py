@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import queue
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,6 +17,20 @@ _LEAVE = 1.0  # seconds that work has to end after Ctrl-C
 
 T = TypeVar("T")
 Put = Callable[[T], None]
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """While a user's own functions run: there is nothing to read, and what they print goes to stderr.
+
+    One that reads would take what is typed for ever, also after it was left behind.
+    """
+    before = sys.stdin, sys.stdout
+    sys.stdin, sys.stdout = io.StringIO(), sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdin, sys.stdout = before
 
 
 class _Worker(Generic[T]):

@@ -17,7 +17,7 @@ from kllm.tools.registry import NAMES, find_tools
 HELP = """\
 /help              this list
 /system [TEXT]     show or set the system prompt (/system - removes it)
-/set [K=V]         show or set a sampling option, e.g. /set temperature=0.2
+/set [K=V ...]     show or set sampling options, e.g. /set temperature=0.2 (K=default: the model's own)
 /think on|off|auto whether the model thinks first, where its template knows the switch
 /show [WHAT]       prompt, params, tokens or thinking
 /tools [NAMES|off] show or change what the model may call, e.g. /tools calculator,python
@@ -118,9 +118,13 @@ class Commands:
 
     def do_set(self, rest: str) -> None:
         """Shows or sets a sampling option."""
-        if rest:
-            key, _, value = rest.replace("=", " ", 1).partition(" ")
-            self.chat.settings = set_option(self.chat.settings, key.strip(), value.strip())
+        settings = self.chat.settings
+        given = rest.split()
+        for one in given if all("=" in word for word in given) else [rest]:  # or "K V"
+            key, _, value = one.replace("=", " ", 1).partition(" ")
+            emptied = "default" if one.endswith("=") else ""
+            settings = set_option(settings, key.strip(), value.strip() or emptied)
+        self.chat.settings = settings
         self._say(shown(self.chat.settings.sampling))
 
     def do_think(self, rest: str) -> None:
@@ -159,7 +163,7 @@ class Commands:
         if self.chat.code:
             self._say("code: the model acts by writing Python, which the sandbox runs")
         elif not tools:
-            self._say(f"none; there are {', '.join(NAMES)} and module:function")
+            self._say(f"none; there are {', '.join(NAMES)}, module:function and file.py:function")
 
     def do_undo(self, rest: str) -> None:
         """Forgets the last turn."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kllm.chat.background import in_background
+from kllm.chat.background import apart, in_background
 from kllm.chat.model import NEVER, Called, ChatModel, ContextFull, Message, Said, Settings
+from kllm.chat.tidy import alternating, settled, shorten
 from kllm.engine.answer import message_of
 from kllm.errors import UserError
 from kllm.tokenizer.parts import Part
+from kllm.tokenizer.toolcalls import TOOL_CALL
 from kllm.tools import codeact
 from kllm.tools.loop import ROUNDS, SECONDS, Result, ToolLoop
 from kllm.tools.registry import Toolbox
@@ -196,7 +198,7 @@ class Conversation:
             system = codeact.system_prompt(tools, self.system)
         first = [{"role": "system", "content": system}] if system else []
         turns = self.turns[forgotten:]
-        return [*first, *_alternating([*(m for turn in turns for m in turn.messages), *more])]
+        return [*first, *alternating([*(m for turn in turns for m in turn.messages), *more])]
 
     def prompt(self) -> str:
         """The text that the model would be given for another answer."""
@@ -209,9 +211,11 @@ class Conversation:
         loop = ToolLoop(self.box) if self.box is not None and self.box.tools else None
         while True:
             allowed = loop is None or loop.ended is None
-            message = yield from self._answer(turn, interrupted, attempt, calls=allowed)
+            message = yield from self._fitting(turn, interrupted, attempt, calls=allowed)
             calls = message.get("tool_calls")
             if not calls or loop is None:
+                if loop is None and TOOL_CALL in (message.get("content") or ""):
+                    yield Note("the model called a tool and was offered none: --tools, or /tools")
                 return
             if not allowed:  # a server that does not heed "none", or marks that cannot be banned
                 if not message.get("content"):
@@ -235,14 +239,19 @@ class Conversation:
 
         yield Calling(**calls[0]["function"])
         results: list[Result] = []
-        for result in in_background(work, interrupted, SECONDS + GRACE):
-            results.append(result)
-            yield self._called(turn, result, waiting.pop(result.id)["arguments"])
-            if waiting:
-                yield Calling(**next(iter(waiting.values())))
+        began = time.monotonic()
+        with apart():
+            for result in in_background(work, interrupted, SECONDS + GRACE):
+                results.append(result)
+                began = time.monotonic()
+                yield self._called(turn, result, waiting.pop(result.id)["arguments"])
+                if waiting:
+                    yield Calling(**next(iter(waiting.values())))
+        spent = time.monotonic() - began
         for number, function in waiting.items():
             loop.ended = loop.ended or ("interrupted" if interrupted() else f"a tool took over {SECONDS:g} s")
-            result = Result(number, function["name"], f"error: not finished: {loop.ended}", True, 0.0)
+            result = Result(number, function["name"], f"error: not finished: {loop.ended}", True, spent)
+            spent = 0.0  # the others never began
             results.append(result)
             yield self._called(turn, result, function["arguments"])
         turn.messages += [result.message() for result in results]
@@ -257,7 +266,7 @@ class Conversation:
         """Runs the code of each answer until one has none; where it is too much, asks for a plain answer."""
         last, spent, over = None, 0.0, ""
         for round_ in range(1, ROUNDS + 2):
-            message = yield from self._answer(turn, interrupted, attempt, calls=False)
+            message = yield from self._fitting(turn, interrupted, attempt, calls=False)
             code = codeact.code_of(message.get("content") or "")
             if code is None or over or turn.finish_reason in ("cancelled", "length"):
                 return
@@ -286,7 +295,8 @@ class Conversation:
         def work(put: Callable[[Ran], None]) -> None:
             put(box.run(code))
 
-        runs = list(in_background(work, interrupted, limit))
+        with apart():
+            runs = list(in_background(work, interrupted, limit))
         if not runs:  # a function that the code called does not come back
             box.reset()
             runs = [Ran("[a function did not end: variables are lost]\n", "time-out", True, limit)]
@@ -295,6 +305,18 @@ class Conversation:
         turn.called.append(called)
         yield called
         return ran
+
+    def _fitting(
+        self, turn: Turn, interrupted: Callable[[], bool], attempt: int, *, calls: bool
+    ) -> Generator[Item, None, Message]:
+        """See `_answer`; where what tools or code gave does not fit, with less of it."""
+        try:
+            return (yield from self._answer(turn, interrupted, attempt, calls=calls))
+        except ContextFull:
+            if not shorten(turn.messages):
+                raise
+        yield Note("what came back does not fit the context: the model is shown less of it")
+        return (yield from self._answer(turn, interrupted, attempt, calls=calls))
 
     def _answer(
         self, turn: Turn, interrupted: Callable[[], bool], attempt: int, *, calls: bool
@@ -360,31 +382,3 @@ class Conversation:
         if not attempt or seed is None:
             return self.settings
         return replace(self.settings, sampling={**self.settings.sampling, "seed": seed + attempt})
-
-
-def settled(messages: list[Message]) -> list[Message]:
-    """Messages without calls that have no result behind them: servers and templates refuse those."""
-    out: list[Message] = []
-    for at, message in enumerate(messages):
-        kept = message
-        if message.get("tool_calls"):
-            results = itertools.takewhile(lambda m: m["role"] == "tool", messages[at + 1 :])
-            answered = {result.get("tool_call_id") for result in results}
-            calls = [call for call in message["tool_calls"] if call.get("id") in answered]
-            kept = {k: v for k, v in message.items() if k != "tool_calls"}
-            kept["content"] = message.get("content") or (None if calls else "")
-            if calls:
-                kept["tool_calls"] = calls
-        out.append(kept)
-    return out
-
-
-def _alternating(messages: list[Message]) -> list[Message]:
-    """Neighbours of the user joined: what code printed last, and the next question."""
-    out: list[Message] = []
-    for message in messages:
-        if out and message["role"] == out[-1]["role"] == "user":
-            out[-1] = {**out[-1], "content": f"{out[-1]['content']}\n\n{message['content']}"}
-        else:
-            out.append(message)
-    return out

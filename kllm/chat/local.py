@@ -75,7 +75,8 @@ class LocalModel:
             prompt=ids,
         )
         params = self._params(settings, reading, banned=bool(tools) and not calls)
-        self._check_room(ids, params, alone=sum(m["role"] == "user" for m in messages) < 2)
+        alone = sum(m["role"] == "user" for m in messages) < 2 and messages[-1]["role"] == "user"
+        self._check_room(ids, params, alone=alone)
         answer = Answer(reading)
         reason = "length"
         started = first = last = time.perf_counter()

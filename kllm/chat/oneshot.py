@@ -47,12 +47,14 @@ def answer_once(chat: Conversation, question: str, *, json_output: bool) -> int:
 
 
 def _answer(chat: Conversation, question: str, json_output: bool) -> int:
-    show = None if json_output else PlainShow(sys.stdout, sys.stderr)
+    show = None if json_output else PlainShow(sys.stdout, sys.stderr, hold=chat.code)
     before = chat.turns[-1] if chat.turns else None
     with Interrupts() as interrupts:
         for item in chat.ask(question, interrupts.pending):
             if show is not None:
                 show.item(item)
+    if show is not None:
+        show.end()
     turn = chat.turns[-1] if chat.turns else None
     if turn is None or turn is before:  # cut before there was an answer
         turn = Turn([{"role": "user", "content": question}])

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kllm.chat.conversation import Conversation, Turn, settled
+from kllm.chat.conversation import Conversation, Turn
 from kllm.chat.model import Message, Settings
+from kllm.chat.tidy import settled
 from kllm.config.parts import SamplingSection
 from kllm.data.formats import ChatRecord, PromptRecord, normalise
 from kllm.data.messages import BadRow
@@ -37,8 +38,10 @@ def save(chat: Conversation, path: Path) -> int:
     """Writes the conversation as the model saw it, whole or not at all; the number of messages.
 
     Raises:
+        UserError: there is a file that holds no conversation.
         KllmError: the file cannot be written.
     """
+    _check_place(path)
     messages = chat.messages()
     row: dict[str, Any] = {"messages": messages}
     if chat.tools:
@@ -84,9 +87,34 @@ def load(chat: Conversation, path: Path) -> list[str]:
     if turns and len(turns[-1].messages) == 1 and turns[-1].question:  # it waits for its answer
         chat.unanswered = chat.turns.pop().question
         notes.append("it ends with a question: /retry answers it")
+    if missing := _missing_tools(row, chat):
+        notes.append(f"it had the tools {', '.join(missing)}, which are not offered now: /tools, or --tools")
     if isinstance(row.get("settings"), dict) and row["settings"]:
         notes.append(_take_settings(chat, dict(row["settings"])))
     return notes
+
+
+def _check_place(path: Path) -> None:
+    """An older conversation may be overwritten, other files not."""
+    try:
+        if not path.is_file() or not path.stat().st_size:
+            return
+    except (OSError, ValueError):
+        return  # writing it says what is wrong
+    try:
+        _record(_rows(path)[0], path)
+    except UserError:
+        message = "it is there already and holds no conversation"
+        raise UserError(message, where=str(path), hint="choose another name") from None
+
+
+def _missing_tools(row: dict[str, Any], chat: Conversation) -> list[str]:
+    try:
+        had = [str(tool["function"]["name"]) for tool in row.get("tools") or ()]
+    except (TypeError, LookupError):
+        return []
+    offered = chat.box.tools if chat.box is not None else {}
+    return [name for name in had if name not in offered]
 
 
 def _take_settings(chat: Conversation, given: dict[str, Any]) -> str:

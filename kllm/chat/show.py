@@ -43,13 +43,16 @@ class Show(Protocol):
 class PlainShow:
     """Bare text: the answer's words on `out`, everything else in lines on `aside`, nothing where it is None.
 
+    Args:
+        hold: words wait until it is clear that they are no code to be run, which goes aside.
+
     Attributes:
         text: the answer's words so far.
     """
 
-    def __init__(self, out: TextIO, aside: TextIO | None = None) -> None:
-        self._out, self._aside = out, aside
-        self.text = ""
+    def __init__(self, out: TextIO, aside: TextIO | None = None, *, hold: bool = False) -> None:
+        self._out, self._aside, self._hold = out, aside, hold
+        self.text = self._held = ""
 
     def begin(self) -> None:
         """See `Show`."""
@@ -58,7 +61,13 @@ class PlainShow:
     def item(self, item: Item) -> None:
         """See `Show`."""
         if isinstance(item, Part) and item.kind == "content":
-            self._write(harmless(item.text))
+            if self._hold:
+                self._held += harmless(item.text)
+            else:
+                self._write(harmless(item.text))
+        elif isinstance(item, Calling) and self._held:
+            self._line(self._held)
+            self._held = ""
         elif isinstance(item, Called):
             self._break()
             mark = "!" if item.error else "->"
@@ -69,6 +78,9 @@ class PlainShow:
 
     def end(self) -> None:
         """See `Show`."""
+        if self._held:
+            self._write(self._held)
+            self._held = ""
         self._break()
 
     def _write(self, text: str) -> None:
@@ -262,4 +274,4 @@ def show_for(*, plain: bool) -> Show:
         return PlainShow(sys.stdout, sys.stdout if sys.stdout.isatty() else sys.stderr)
     from rich.console import Console
 
-    return RichShow(Console())
+    return RichShow(Console(file=sys.stdout))  # this one, also while tools have another

@@ -65,7 +65,7 @@ def _find(name: str, where: str) -> Tool:
         return tool_of(BUILTIN[name], name, where=where)
     module, colon, function = name.rpartition(":")
     if not colon or not module or not function:
-        hint = f"known: {', '.join(NAMES)}; one's own: module:function"
+        hint = f"known: {', '.join(NAMES)}; one's own: module:function or file.py:function"
         raise UserError(f"no tool named {name!r}", where=where, hint=hint)
     try:
         return tool_of(getattr(_module(module, where), function), where=where)

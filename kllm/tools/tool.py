@@ -138,11 +138,15 @@ def tool_of(function: Callable[..., Any], name: str | None = None, *, where: str
     Raises:
         UserError: no docstring, a parameter without a type or with a form that JSON has not.
     """
+    if not callable(function):
+        raise UserError(f"a {type(function).__name__} is no function", where=where)
     name = name or str(getattr(function, "__name__", ""))
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise UserError(f"{name} is async", where=where, hint="a tool is a plain function")
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name for a tool", where=where, hint="letters, digits and _")
     doc = inspect.getdoc(function)
-    if not doc or not callable(function) or inspect.isclass(function):
+    if not doc or inspect.isclass(function):
         raise UserError(f"{name} is no function with a docstring", where=where, hint="say what it does")
     try:
         signature = inspect.signature(function, eval_str=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -280,7 +281,7 @@ def test_ctrl_c_between_two_calls_and_a_tool_that_hangs(monkeypatch: pytest.Monk
     monkeypatch.setattr("kllm.chat.conversation.GRACE", 0.1)
     chat, model = chat_of(call("hang", {}), "Sorry.", box=Toolbox([tool_of(hang)]))
     (called,) = [i for i in chat.ask("go") if isinstance(i, Called)]
-    assert called.error and "not finished: a tool took over 0.1 s" in called.text
+    assert called.error and "not finished: a tool took over 0.1 s" in called.text and called.seconds > 0.1
     assert model.calls == [True, False] and chat.turns[0].answer["content"] == "Sorry."
     gate.set()
 
@@ -303,6 +304,50 @@ def test_calls_of_a_cut_answer_are_dropped() -> None:
     assert "tool_calls" not in chat.turns[0].answer and chat.turns[0].finish_reason == "length"
     list(chat.ask("y"))
     assert roles(model.asked[1]) == ["u:x", "a:a", "u:y"]
+
+
+def test_a_result_that_does_not_fit_is_shown_in_part() -> None:
+    def flood() -> str:
+        """Says much."""
+        return "7" * 3000
+
+    full = ContextFull("the conversation takes 4,000 tokens", where="prompt")
+    chat, model = chat_of(call("flood", {}), full, "Many sevens.", "ok", box=Toolbox([tool_of(flood)]))
+    notes = [i.text for i in chat.ask("go") if isinstance(i, Note)]
+    assert notes == ["what came back does not fit the context: the model is shown less of it"]
+    assert len(model.asked[1][-1]["content"]) == 3000 > len(model.asked[2][-1]["content"])
+    assert (
+        model.asked[2][-1]["content"].startswith("777") and chat.turns[0].answer["content"] == "Many sevens."
+    )
+    list(chat.ask("next"))
+    assert len(model.asked[-1][2]["content"]) < 500, "it stays short"
+    chat, _ = chat_of(call("flood", {}), full, full, box=Toolbox([tool_of(flood)]))
+    with pytest.raises(ContextFull):
+        list(chat.ask("go"))
+
+
+def test_a_call_where_nothing_was_offered_is_told() -> None:
+    chat, _ = chat_of('<tool_call>\n{"name": "calculator"', "plain")
+    assert [i.text for i in chat.ask("?") if isinstance(i, Note)] == [
+        "the model called a tool and was offered none: --tools, or /tools"
+    ]
+    assert not [i for i in chat.ask("?") if isinstance(i, Note)]
+
+
+def test_own_functions_cannot_read_the_terminal_or_write_among_the_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def nosy() -> str:
+        """Prints and asks."""
+        print("debug")
+        return input("name? ")
+
+    before = sys.stdin, sys.stdout
+    chat, model = chat_of(call("nosy", {}), "Sorry.", box=Toolbox([tool_of(nosy)]))
+    list(chat.ask("go"))
+    assert "EOFError" in model.asked[1][-1]["content"] and (sys.stdin, sys.stdout) == before
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("debug")
 
 
 def test_thinking_is_kept_apart() -> None:
@@ -419,6 +464,24 @@ def test_a_file_that_is_no_conversation_is_one_line(tmp_path: Path, content: byt
         load(chat, path)
     assert "\n" not in str(failure.value) and str(path) in str(failure.value)
     assert [t.question for t in chat.turns] == ["one"], "what there was stays"
+
+
+def test_a_file_that_is_no_conversation_is_not_overwritten(tmp_path: Path) -> None:
+    chat, _ = chat_of("hello", "again", box=box())
+    list(chat.ask("hi"))
+    source, talk = tmp_path / "tool.py", tmp_path / "talk.json"
+    source.write_text("def f(): ...")
+    with pytest.raises(UserError, match="holds no conversation"):
+        save(chat, source)
+    assert source.read_text() == "def f(): ..."
+    save(chat, talk)
+    list(chat.ask("more"))
+    assert save(chat, talk) == 4, "an older one is replaced"
+    assert (
+        load(chat_of()[0], talk)[0]
+        == "it had the tools calculator, which are not offered now: /tools, or --tools"
+    )
+    assert load(chat_of(box=box())[0], talk) == []
 
 
 def test_settings_are_changed_from_text() -> None:

@@ -136,6 +136,27 @@ def test_system_set_think_show_tools_model(capsys: pytest.CaptureFixture[str]) -
     assert model.closed and repl.chat.model is not model
 
 
+def test_several_options_at_once_and_back_to_the_model_s_own() -> None:
+    repl, _ = repl_of(
+        lines=("/set temperature=0.2 top_k=5", "/set min_p=0.1", "/set temperature= min_p=default")
+    )
+    repl.run()
+    assert repl.chat.settings.sampling == {"top_k": 5}
+
+
+def test_code_that_ran_is_no_part_of_what_a_pipe_gets() -> None:
+    out, aside = io.StringIO(), io.StringIO()
+    show = PlainShow(out, aside, hold=True)
+    for item in (
+        Part("content", "```python\nprint(1)\n```"),
+        Calling("python", "print(1)"),
+        Part("content", "It is 1."),
+    ):
+        show.item(item)
+    show.end()
+    assert out.getvalue() == "It is 1.\n" and "print(1)" in aside.getvalue()
+
+
 def test_model_lists_those_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     repl, model = repl_of(lines=("/model",))
     model.names = ("fake", "other")

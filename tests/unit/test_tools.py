@@ -127,6 +127,10 @@ def test_what_is_no_tool_is_refused_in_a_line() -> None:
         """Says something."""
         return 1
 
+    async def late(x: int) -> int:
+        """Says something."""
+        return x
+
     for function, said in (
         (silent, "no function with a docstring"),
         (untyped, "x needs a type"),
@@ -134,6 +138,7 @@ def test_what_is_no_tool_is_refused_in_a_line() -> None:
         (alien, "alien"),
         (dict, "no function"),
         (lambda: 1, "no name for a tool"),
+        (late, "late is async"),
     ):
         with pytest.raises(UserError, match=said) as failure:
             tool_of(function)
@@ -167,7 +172,7 @@ def test_tools_are_found_by_name_module_and_file(tmp_path: Path, monkeypatch: py
         ("no.such.module:f", "cannot import no.such.module"),
         ("nothing.py:f", "no such file"),
         ("math:nothing", "math has no function 'nothing'"),
-        ("math:pi", "no function with a docstring|no name"),
+        ("math:pi", "a float is no function"),
         (":f", "no tool named"),
         ("json:", "no tool named"),
     ],
