@@ -52,8 +52,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lab
 
 
-def test_own_data_from_file_to_answer(lab: Path) -> None:
-    """The block of the section on own data, in order, with a small model and few tokens."""
+@pytest.fixture(scope="module")
+def trained(lab: Path) -> Path:
+    """The block of the section on own data has run, in order, with a small model and few tokens."""
     block = next(b for b in BLOCKS if "data inspect" in b)
     small = {"6400": "600", "k-small": "k-tiny", "20M": "8k"}
     for line in block.splitlines():
@@ -68,11 +69,16 @@ def test_own_data_from_file_to_answer(lab: Path) -> None:
         if words[0] == "chat":
             words += ["--prompt", "how many birds in 3?"]
         kllm(*words, cwd=lab)
-    assert (lab / "runs" / "chat" / "01-sft" / "final" / "model.safetensors").exists()
+    return lab
 
 
-def test_the_trained_model_goes_everywhere(lab: Path) -> None:
+def test_own_data_from_file_to_answer(trained: Path) -> None:
+    assert (trained / "runs" / "chat" / "01-sft" / "final" / "model.safetensors").exists()
+
+
+def test_the_trained_model_goes_everywhere(trained: Path) -> None:
     """The block of exports, word for word but for ollama, on the model of the block before."""
+    lab = trained
     block = next(b for b in BLOCKS if "export-gguf" in b)
     for line in block.splitlines():
         if line.startswith("kllm "):
@@ -84,8 +90,9 @@ def test_the_trained_model_goes_everywhere(lab: Path) -> None:
     assert modelfile is not None and (lab / modelfile[1]).is_file()
 
 
-def test_adapters_preferences_and_distillation(lab: Path) -> None:
+def test_adapters_preferences_and_distillation(trained: Path) -> None:
     """Their block in order on the model of the first block; a model stands in for the server."""
+    lab = trained
     write = lambda name, rows: (lab / name).write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
     write("pairs.jsonl", [{"prompt": f"{i} birds?", "chosen": f"{i}", "rejected": "no"} for i in range(40)])
     write(
@@ -125,8 +132,9 @@ def test_adapters_preferences_and_distillation(lab: Path) -> None:
     assert (lab / "merged" / "model.safetensors").is_file()
 
 
-def test_talk_tools_and_code(lab: Path) -> None:
+def test_talk_tools_and_code(trained: Path) -> None:
     """Their block, line by line, with the model of the first block; a scripted server stands at the address."""
+    lab = trained
     block = next(b for b in BLOCKS if "--codeact" in b)
     own = re.search(r"```python\n# (\S+)\n(.*?)```", README, flags=re.DOTALL)
     assert own is not None
