@@ -148,7 +148,7 @@ def test_talk_tools_and_code(trained: Path) -> None:
                 continue  # test_serve_tool_flags
             piped = shlex.split(before)[1] if before else ""
             asked = [] if piped or "-p" in words else ["-p", "hi"]
-            few = ["--max-tokens", "8", "--temperature", "0"]  # drawn, one in a hundred is empty
+            few = ["--max-tokens", "8", "--seed", "7"]  # without a seed one in a hundred is empty
             done = kllm(*words, *asked, *few, cwd=lab, stdin=piped)
             assert done.stdout.strip(), line
 
