@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from kllm.engine.answer import Answer, Reading
+from kllm.engine.answer import Answer, Reading, no_calls
 from kllm.errors import UserError
 from kllm.serve.errors import ApiError, from_user_error, internal_error
 from kllm.serve.fields import Flag, Integer, SamplingFields, room
@@ -20,7 +20,6 @@ from kllm.serve.structured import Grammar, compiled
 from kllm.serve.tools import ToolPlan, tool_plan
 from kllm.serve.worker import TookTooLong, limited
 from kllm.tokenizer.thinking import END_THINK
-from kllm.tokenizer.toolcalls import TOOL_CALL
 
 if TYPE_CHECKING:
     from kllm.engine.params import SamplingParams
@@ -125,7 +124,7 @@ async def prepared(body: ChatRequest, served: Served, settings: Settings) -> Cha
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=None if grammar is None else await compiled(runtime, grammar, after),
         shown=reading.shown(),
-        banned=_banned(plan, tokenizer),
+        banned=[token for token, _ in no_calls(tokenizer)] if plan.banned else [],
         adapter=served.adapter,
     )
     if plan.forced is not None:  # a stop string inside its JSON would cut the call
@@ -162,11 +161,6 @@ def _stop_tokens(body: ChatRequest, tokenizer: Tokenizer) -> list[int]:
     """Stop strings that are control tokens: the engine stops at the token."""
     special = tokenizer.special_tokens
     return [special[stop] for stop in body.stop or () if stop in special]
-
-
-def _banned(plan: ToolPlan, tokenizer: Tokenizer) -> list[int]:
-    token = tokenizer.added_tokens.get(TOOL_CALL)
-    return [token] if plan.banned and token is not None else []
 
 
 def _tool_grammar(plan: ToolPlan) -> Grammar:

@@ -317,10 +317,14 @@ def test_ctrl_c_while_it_starts_leaves_no_worker(
         return started
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    with nothing_left(folder):
-        with pytest.raises(KeyboardInterrupt):
-            Sandbox(unsafe=UNSAFE).run("1")
-        unwound.set()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    try:
+        with nothing_left(folder):
+            with pytest.raises(KeyboardInterrupt):
+                Sandbox(unsafe=UNSAFE).run("1")
+            unwound.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_while_it_says_hello_leaves_no_worker(
