@@ -157,7 +157,6 @@ def test_who_reads_adapters_of_experts_is_said(lab: Path) -> None:
     assert said in (stage(lab / "moe-lora") / "final" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow  # pretraining's is not: test_nproc.py
 def test_two_processes_give_the_curve_of_one(lab: Path) -> None:
     more = ("--steps", "3", "--train.eval_every", "3")
     for nproc in ("1", "2"):
